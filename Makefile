@@ -1,0 +1,77 @@
+# Everything a developer runs. `make` alone lists the targets.
+
+PYTHON ?= python3
+TEST_JOBS ?= 2
+BIN := .venv/bin
+PROTOS := $(wildcard proto/outrider/v1/*.proto)
+GENERATED := outrider/v1/types_pb2.py
+
+export PIP_DISABLE_PIP_VERSION_CHECK := 1
+export PIP_NO_INPUT := 1
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install proto format lint test demo serve clean lock
+
+help: ## Show this list
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+
+install: .venv/.installed $(GENERATED) ## Set up .venv with everything (PYTHON=python3.12 for another one)
+
+$(BIN)/python:
+	@echo "Creating .venv with $$($(PYTHON) --version)"
+	@$(PYTHON) -m venv .venv
+
+.venv/.installed: pyproject.toml setup.py constraints.txt | $(BIN)/python
+	@echo "Installing Outrider and its dependencies into .venv (the first time takes minutes)"
+	@$(BIN)/python -m pip install -qq -c constraints.txt -e '.[local,dev]'
+	@touch $@
+	@echo "Installed"
+
+# One file stands for all: they are generated together.
+$(GENERATED): setup.py $(PROTOS) .venv/.installed
+	@echo "Generating outrider/v1 from proto/"
+	@$(BIN)/python setup.py --quiet proto
+
+proto: .venv/.installed ## Generate outrider/v1 from proto/, asked for or not
+	@$(BIN)/python setup.py --quiet proto
+
+format: install ## Format the code and mend what can be mended
+	@$(BIN)/ruff check --fix --quiet || true
+	@$(BIN)/ruff format
+	@$(BIN)/buf format --write proto
+
+lint: install ## Check style, types, import contracts and the protocol
+	$(BIN)/ruff check
+	$(BIN)/ruff format --check
+	$(BIN)/mypy
+	$(BIN)/lint-imports --no-logo
+	$(BIN)/buf lint proto
+
+test: install ## Run the tests (TEST_ARGS="-k tree" for some of them)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
+
+demo: install ## Start a small fleet and watch it decode (MODEL=..., DTYPE=...)
+	@$(BIN)/outrider demo $(if $(MODEL),--model '$(MODEL)') $(if $(DTYPE),--dtype '$(DTYPE)')
+
+serve: install ## Start a fleet on this machine and serve until interrupted (MODEL=..., DTYPE=...)
+	@$(BIN)/outrider local $(if $(MODEL),--model '$(MODEL)') $(if $(DTYPE),--dtype '$(DTYPE)')
+
+clean: ## Remove what was built, except .venv
+	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
+	rm -f outrider/v1/*_pb2*
+	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+
+# Local version suffixes name builds of one index, and accelerator libraries follow torch's own
+# pins: neither belongs into a lock for everyone.
+lock: ## Resolve all dependencies anew and rewrite constraints.txt
+	rm -rf build/lock
+	$(PYTHON) -m venv build/lock
+	build/lock/bin/python -m pip install -qq '.[local,dev]'
+	{ echo '# Written by `make lock`. Versions that are tested together.'; \
+	  build/lock/bin/python -m pip freeze --all --quiet \
+	  | grep -E '^[A-Za-z0-9._-]+==' | sed -E 's/\+[A-Za-z0-9.]+$$//' \
+	  | grep -viE '^(pip|wheel|outrider|triton|(nvidia|cuda)-[a-z0-9-]+)==' \
+	  | LC_ALL=C sort -f; } > build/constraints.txt
+	mv build/constraints.txt constraints.txt
+	rm -rf build/lock

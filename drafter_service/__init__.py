@@ -1,0 +1,1 @@
+"""The drafter: guesses ahead of the target. Everything it holds can be dropped and rebuilt."""

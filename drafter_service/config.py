@@ -1,0 +1,40 @@
+"""Settings of the drafter; read once by `__main__`, frozen, passed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class GrowingConfig:
+    """Bounds of the growing thread."""
+
+    sessions_max: int = 256
+    """Mirrors held at once; more are refused."""
+    nodes_max: int = 256
+    """Live nodes of a session, whatever its budget asks for."""
+    depth_max: int = 64
+    step_delay_s: float = 0.0
+    """Added to each step: makes a slow drafter, for tests and trials."""
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterConfig:
+    """Everything a drafter process needs to know."""
+
+    proposer: str
+    """"lookup" or "language-model"."""
+    model: str | None
+    dtype: str
+    device: str
+    threads: int
+    leaves_max: int
+    host: str
+    port: int
+    advertise: str | None
+    redis_url: str | None
+    worker_id: str
+    cache_dir: Path
+    drain_s: float
+    growing: GrowingConfig

@@ -1,0 +1,235 @@
+"""The growing loop: one thread that owns the proposer and every mirror.
+
+    while running:
+        apply what arrived -> one step of the proposer over all sessions -> flush what is due
+
+Growth does not wait for verification: the thread sleeps only when no budget leaves anything to
+guess. Drafts are flushed at once when they are new, and joined when they come faster than the
+session's flush interval.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import replace
+
+from drafter_service.config import GrowingConfig
+from drafter_service.messages import (
+    Bind,
+    Command,
+    Disconnect,
+    Drain,
+    Follow,
+    Outputs,
+    SetBudget,
+    Unbind,
+)
+from drafter_service.mirror import GapError, Mirror
+from drafter_service.proposers.base import Proposer
+from outrider.domain import BindSpec, Commit, DraftBudget, Rejection, RejectionCode, Resync
+from outrider.serving.queues import Inbox
+
+_IDLE_WAIT_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+class Grower:
+    """Owner of the mirrors."""
+
+    def __init__(
+        self,
+        proposer: Proposer,
+        config: GrowingConfig,
+        emit: Callable[[dict[int, Outputs]], None],
+    ) -> None:
+        self.steps = 0
+        self._proposer = proposer
+        self._config = config
+        self._emit = emit
+        self._inbox: Inbox[Command] = Inbox(droppable_max=0)
+        self._mirrors: dict[tuple[int, int], Mirror] = {}
+        self._outputs: dict[int, Outputs] = {}
+        self._draining = False
+        self._thread = threading.Thread(target=self._run, name="grow", daemon=True)
+
+    # --- called from other threads ---
+
+    def start(self) -> None:
+        """Start the thread."""
+        self._thread.start()
+
+    def submit(self, command: Command) -> None:
+        """Queue a command."""
+        self._inbox.put(command)
+
+    def stop(self, timeout_s: float = 30.0) -> None:
+        """End the thread after the step under way."""
+        self._inbox.close()
+        self._thread.join(timeout_s)
+
+    @property
+    def load(self) -> int:
+        """Sessions mirrored."""
+        return len(self._mirrors)
+
+    # --- the thread ---
+
+    def _run(self) -> None:
+        busy = False
+        while not self._inbox.closed:
+            for command in self._inbox.take_all(wait_s=0.0 if busy else _IDLE_WAIT_S):
+                try:
+                    self._apply(command)
+                except Exception:
+                    # One bad message must not end the thread that serves everybody.
+                    _log.exception("command failed: %s", type(command).__name__)
+            busy = bool(self._mirrors) and self._grow()
+            self._flush(everything=not busy)
+
+    def _grow(self) -> bool:
+        mirrors = list(self._mirrors.values())
+        try:
+            busy = self._proposer.grow(mirrors)
+        except Exception:
+            _log.exception("a growing step failed; its %d sessions are dropped", len(mirrors))
+            for mirror in mirrors:
+                self._reject(mirror.connection, mirror.spec, "the proposer failed")
+                self._close(mirror)
+            return False
+        self.steps += busy
+        if busy and self._config.step_delay_s:
+            time.sleep(self._config.step_delay_s)
+        return busy
+
+    def _flush(self, *, everything: bool) -> None:
+        now_s = time.monotonic()
+        for mirror in self._mirrors.values():
+            if not mirror.fresh:
+                continue
+            if not everything and now_s - mirror.flushed_s < mirror.budget.flush_interval_s:
+                continue
+            draft = mirror.take_draft()
+            if draft is not None:
+                mirror.flushed_s = now_s
+                spec = mirror.spec
+                self._to(mirror.connection).drafts.append((spec.session, spec.binding, draft))
+        if self._outputs:
+            outputs, self._outputs = self._outputs, {}
+            self._emit(outputs)
+
+    def _to(self, connection: int) -> Outputs:
+        return self._outputs.setdefault(connection, Outputs())
+
+    def _apply(self, command: Command) -> None:
+        match command:
+            case Bind(connection, spec):
+                self._bind(connection, spec)
+            case Follow(connection, session, commit):
+                mirror = self._mirrors.get((connection, session))
+                if mirror is not None and commit is not None:
+                    self._follow(mirror, commit)
+            case SetBudget(connection, session, binding, budget):
+                mirror = self._mirrors.get((connection, session))
+                if mirror is not None and mirror.spec.binding == binding:
+                    mirror.set_budget(self._bounded(budget))
+            case Unbind(connection, session, binding):
+                mirror = self._mirrors.get((connection, session))
+                if mirror is not None and mirror.spec.binding <= binding:
+                    self._close(mirror)
+            case Disconnect(connection):
+                for mirror in list(self._mirrors.values()):
+                    if mirror.connection == connection:
+                        self._close(mirror)
+            case Drain():
+                self._draining = True
+
+    def _bind(self, connection: int, spec: BindSpec) -> None:
+        known = self._mirrors.get((connection, spec.session))
+        if known is not None:
+            if spec.binding <= known.spec.binding:
+                return
+            self._close(known)
+        fault = self._bind_fault(spec)
+        if fault is not None:
+            self._to(connection).rejections.append(fault)
+            return
+        mirror = Mirror(connection, replace(spec, budget=self._bounded(spec.budget)))
+        self._proposer.open(mirror)
+        self._mirrors[mirror.key] = mirror
+        self._to(connection).bound.append((spec.session, spec.binding))
+
+    def _bind_fault(self, spec: BindSpec) -> Rejection | None:
+        own = self._proposer.info.tokenizer_fingerprint
+        if own is not None and own != spec.tokenizer_fingerprint:
+            return _rejection(
+                spec,
+                RejectionCode.MISMATCH,
+                f"tokenizer mismatch: this drafter has {own[:12]}, the target "
+                f"{spec.tokenizer_fingerprint[:12]}",
+                "tokenizer_fingerprint",
+            )
+        if self._draining:
+            return _rejection(spec, RejectionCode.DRAINING, "the drafter is draining")
+        wrong = next(
+            (t for t in (*spec.prompt, *spec.committed) if not 0 <= t < spec.vocabulary_size), None
+        )
+        if wrong is not None:
+            return _rejection(
+                spec,
+                RejectionCode.INVALID,
+                f"id {wrong} is outside the vocabulary of {spec.vocabulary_size}",
+                "prompt",
+            )
+        if len(self._mirrors) >= self._config.sessions_max:
+            return _rejection(
+                spec,
+                RejectionCode.EXHAUSTED,
+                f"the drafter has its {self._config.sessions_max} sessions",
+            )
+        return None
+
+    def _bounded(self, budget: DraftBudget) -> DraftBudget:
+        return replace(
+            budget,
+            nodes_max=min(budget.nodes_max, self._config.nodes_max),
+            depth_max=min(budget.depth_max, self._config.depth_max),
+        )
+
+    def _follow(self, mirror: Mirror, commit: Commit) -> None:
+        if commit.epoch != mirror.spec.epoch:
+            return
+        try:
+            news = mirror.apply(commit)
+        except GapError:
+            self._ask_repeat(mirror)
+            return
+        if news is not None:
+            tokens, advance = news
+            self._proposer.advanced(mirror, tokens, advance)
+        if commit.last:
+            self._close(mirror)
+
+    def _ask_repeat(self, mirror: Mirror) -> None:
+        length = len(mirror.log)
+        if mirror.resync_length == length:
+            return
+        mirror.resync_length = length
+        spec = mirror.spec
+        self._to(mirror.connection).resyncs.append(
+            Resync(spec.session, spec.epoch, length, spec.binding)
+        )
+
+    def _reject(self, connection: int, spec: BindSpec, message: str) -> None:
+        self._to(connection).rejections.append(_rejection(spec, RejectionCode.INTERNAL, message))
+
+    def _close(self, mirror: Mirror) -> None:
+        self._proposer.close(mirror)
+        del self._mirrors[mirror.key]
+
+
+def _rejection(spec: BindSpec, code: RejectionCode, message: str, field: str = "") -> Rejection:
+    return Rejection(spec.session, spec.epoch, code, message, field=field, binding=spec.binding)

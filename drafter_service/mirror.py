@@ -1,0 +1,92 @@
+"""A session as a drafter sees it: a disposable copy of the committed tokens and its own guesses."""
+
+from __future__ import annotations
+
+import math
+
+from outrider.committed import CommittedLog
+from outrider.domain import BindSpec, Commit, Draft, DraftBudget
+from outrider.draft_tree import Advance, DraftTree, Node, subtree_draft
+
+_OWN = 1
+"""Source number of a drafter's nodes in its own tree; the orchestrator gives the real one."""
+
+
+class GapError(Exception):
+    """A commit starts beyond what the mirror has."""
+
+
+class Mirror:
+    """Committed tokens, guesses, and which of them are still to be sent. Owned by one thread."""
+
+    def __init__(self, connection: int, spec: BindSpec) -> None:
+        self.connection = connection
+        self.spec = spec
+        self.budget: DraftBudget = spec.budget
+        self.log = CommittedLog((*spec.prompt, *spec.committed))
+        self.tree = DraftTree(
+            self.log.tip,
+            len(self.log),
+            nodes_max=spec.budget.nodes_max,
+            depth_max=spec.budget.depth_max,
+        )
+        self.fresh: list[Node] = []
+        """Nodes that were attached, or made more probable, since the last flush."""
+        self.flushed_s = -math.inf
+        """When the last draft left, on the growing thread's clock."""
+        self.resync_length: int | None = None
+        """Length for which a resync is outstanding."""
+
+    @property
+    def key(self) -> tuple[int, int]:
+        """(connection, session)"""
+        return self.connection, self.spec.session
+
+    def set_budget(self, budget: DraftBudget) -> None:
+        """Take a new budget; nodes over it die out by themselves."""
+        self.budget = budget
+        self.tree.nodes_max, self.tree.depth_max = budget.nodes_max, budget.depth_max
+
+    @property
+    def room(self) -> int:
+        """Nodes that may still be attached."""
+        return self.budget.nodes_max - self.tree.size
+
+    def attach(self, parent: Node, token: int, accept_logprob: float) -> Node | None:
+        """Guess `token` after `parent`; None if the budget or the vocabulary forbids it."""
+        if not 0 <= token < self.spec.vocabulary_size:
+            return None
+        known = parent.children.get(token)
+        if known is None and self.room <= 0:
+            return None
+        node = self.tree.add(parent, token, accept_logprob, _OWN)
+        if node is not None and known is None:
+            self.fresh.append(node)
+        return node
+
+    def apply(self, commit: Commit) -> tuple[tuple[int, ...], Advance] | None:
+        """Follow a commit; returns (new tokens, what it did to the tree), None if nothing is new.
+
+        Raises `GapError` if commits are missing in between.
+        """
+        known = len(self.log) - commit.base_length
+        if known < 0:
+            raise GapError
+        tokens = commit.tokens[known:]
+        self.resync_length = None
+        if not tokens:
+            return None
+        self.log.append(tokens)
+        return tokens, self.tree.advance(tokens)
+
+    def take_draft(self) -> Draft | None:
+        """Build a draft of what is fresh, or None if none of it lives any more."""
+        fresh, self.fresh = self.fresh, []
+        if not fresh:
+            return None
+        length = len(self.log)
+        digest = self.log.digest_at(length)
+        assert digest is not None, "the present length is always known"
+        return subtree_draft(
+            self.tree, fresh, epoch=self.spec.epoch, base_length=length, base_digest=digest
+        )

@@ -1,0 +1,1 @@
+"""Proposers: ways to guess, behind one small interface (`base.Proposer`)."""

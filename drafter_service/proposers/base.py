@@ -1,0 +1,42 @@
+"""What a proposer is."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Protocol
+
+from drafter_service.mirror import Mirror
+from outrider.domain import ModelInfo
+from outrider.draft_tree import Advance
+
+
+class Proposer(Protocol):
+    """Grows the trees of many sessions. Called by one thread only.
+
+    A proposer may keep state for each mirror, from `open` to `close`; all of it can be rebuilt
+    from the mirror's committed tokens.
+    """
+
+    @property
+    def info(self) -> ModelInfo:
+        """Identity, for the handshake."""
+        ...
+
+    def open(self, mirror: Mirror) -> None:
+        """Begin with a session whose tree is empty."""
+        ...
+
+    def advanced(self, mirror: Mirror, tokens: Sequence[int], advance: Advance) -> None:
+        """The mirror followed a commit of `tokens`; its tree is re-rooted already."""
+        ...
+
+    def close(self, mirror: Mirror) -> None:
+        """Free what is kept for a session."""
+        ...
+
+    def grow(self, mirrors: Sequence[Mirror]) -> bool:
+        """Do one step over all sessions, attaching guesses with `mirror.attach`.
+
+        Returns False if nothing is left to do before the next commit.
+        """
+        ...

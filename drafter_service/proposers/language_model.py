@@ -1,0 +1,170 @@
+"""Language model: any causal model with the target's tokenizer grows a tree, best leaf first.
+
+Each step gathers the most probable unexpanded leaves over all sessions into one ragged forward
+pass and attaches the best children of each (the dynamic tree of EAGLE-2, arXiv 2406.16858, and
+Sequoia, arXiv 2402.12374, without a fixed shape). Nothing waits for verification: growth goes on
+below what is being verified (PEARL, arXiv 2408.11850). Sampled sessions rank children by
+log-probability plus the session's own Gumbel noise, which the target uses too (coupling:
+Daliri et al., arXiv 2408.07978).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from drafter_service.mirror import Mirror
+from outrider.domain import ModelInfo
+from outrider.draft_tree import Advance, Node
+from outrider.model.kv_cache import SessionCache
+from outrider.model.language_model import LanguageModel, Row
+from outrider.model.sampling import rank_candidates
+
+
+@dataclass(slots=True)
+class _State:
+    cache: SessionCache
+    slot_of: dict[Node, int] = field(default_factory=dict)
+    """KV slot of each expanded node below the root."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Leaf:
+    path_logprob: float
+    mirror: Mirror
+    node: Node
+
+
+class LanguageModelProposer:
+    """Guesses with a draft model."""
+
+    def __init__(
+        self,
+        model: LanguageModel,
+        info: ModelInfo,
+        *,
+        leaves_max: int = 8,
+        width: int = 3,
+        prefill_tokens_max: int = 256,
+        path_probability_min: float = 0.02,
+    ) -> None:
+        self._model = model
+        self._info = info
+        self._leaves_max = leaves_max
+        self._width = width
+        self._prefill_tokens_max = prefill_tokens_max
+        self._path_logprob_min = math.log(path_probability_min)
+        self._states: dict[tuple[int, int], _State] = {}
+
+    @property
+    def info(self) -> ModelInfo:
+        """The draft model's identity."""
+        return self._info
+
+    def open(self, mirror: Mirror) -> None:
+        """Begin with empty KV; it is filled by `grow`."""
+        self._states[mirror.key] = _State(self._model.new_cache())
+
+    def advanced(self, mirror: Mirror, tokens: Sequence[int], advance: Advance) -> None:
+        """Keep the KV of the surviving path; a miss costs only the committed tokens."""
+        state = self._states[mirror.key]
+        path: list[int] = []
+        for node in advance.matched:
+            slot = state.slot_of.get(node)
+            if slot is None:
+                break
+            path.append(slot)
+        # Nodes live below the new root only if the whole path had been expanded or guessed;
+        # expanded ones imply that their ancestors, the new root included, were expanded too.
+        survivors = [node for node in mirror.tree if node in state.slot_of]
+        keep = [state.slot_of[node] for node in survivors]
+        moved = state.cache.advance(path, keep)
+        state.slot_of = {node: moved[state.slot_of[node]] for node in survivors}
+
+    def close(self, mirror: Mirror) -> None:
+        """Free the KV."""
+        state = self._states.pop(mirror.key, None)
+        if state is not None:
+            state.cache.release()
+
+    def grow(self, mirrors: Sequence[Mirror]) -> bool:
+        """One forward pass: committed tokens that are missing, and the best leaves."""
+        rows, owners = self._plan(mirrors)
+        if not rows:
+            return False
+        logits = self._model.forward(rows)
+        nodes = [(mirror, node) for mirror, wanted in owners for node in wanted]
+        if nodes:
+            tokens, _, logprobs = rank_candidates(
+                logits,
+                [mirror.spec.sampling for mirror, _ in nodes],
+                [mirror.spec.seed for mirror, _ in nodes],
+                # A node at index i of the sequence is followed by the token at index i + 1.
+                [node.position + 1 for _, node in nodes],
+                self._width,
+            )
+            for (mirror, node), row_tokens, row_logprobs in zip(
+                nodes, tokens.tolist(), logprobs.tolist(), strict=True
+            ):
+                for token, logprob in zip(row_tokens, row_logprobs, strict=True):
+                    mirror.attach(node, token, logprob)
+        return True
+
+    def _plan(self, mirrors: Sequence[Mirror]) -> tuple[list[Row], list[tuple[Mirror, list[Node]]]]:
+        rows: list[Row] = []
+        owners: list[tuple[Mirror, list[Node]]] = []
+        leaves: list[_Leaf] = []
+        left = self._prefill_tokens_max
+        for mirror in mirrors:
+            state = self._states[mirror.key]
+            if len(mirror.log) + 1 >= self._model.length_max:
+                continue
+            pending = mirror.log.since(state.cache.prefix_length)
+            if pending and left > 0:
+                chunk = pending[:left]
+                left -= len(chunk)
+                done = len(chunk) == len(pending)
+                rows.append(Row(state.cache, chunk, None, [len(chunk) - 1] if done else []))
+                owners.append((mirror, [mirror.tree.root] if done else []))
+            elif not pending:
+                leaves += self._leaves(mirror, state)
+        leaves.sort(key=lambda leaf: -leaf.path_logprob)
+        for mirror, nodes in _by_mirror(leaves[: self._leaves_max]):
+            rows.append(self._tree_row(mirror, nodes))
+            owners.append((mirror, nodes))
+        return rows, owners
+
+    def _leaves(self, mirror: Mirror, state: _State) -> list[_Leaf]:
+        """The session's best unexpanded nodes."""
+        found: list[_Leaf] = []
+        if mirror.room <= 0:
+            return found
+        deepest = mirror.tree.root.position + mirror.budget.depth_max
+        for path_logprob, node in mirror.tree.ranked():
+            if path_logprob < self._path_logprob_min or len(found) == self._leaves_max:
+                break
+            if node not in state.slot_of and node.position < min(
+                deepest, self._model.length_max - 1
+            ):
+                found.append(_Leaf(path_logprob, mirror, node))
+        return found
+
+    def _tree_row(self, mirror: Mirror, nodes: list[Node]) -> Row:
+        state = self._states[mirror.key]
+        parents: list[int] = []
+        slot = state.cache.tree_size
+        for node in nodes:
+            parent = node.parent
+            assert parent is not None, "the root is expanded by its committed tokens"
+            parents.append(-1 if parent is mirror.tree.root else state.slot_of[parent])
+            state.slot_of[node] = slot
+            slot += 1
+        return Row(state.cache, [n.token for n in nodes], parents, range(len(nodes)))
+
+
+def _by_mirror(leaves: Sequence[_Leaf]) -> list[tuple[Mirror, list[Node]]]:
+    grouped: dict[tuple[int, int], tuple[Mirror, list[Node]]] = {}
+    for leaf in leaves:
+        grouped.setdefault(leaf.mirror.key, (leaf.mirror, []))[1].append(leaf.node)
+    return list(grouped.values())

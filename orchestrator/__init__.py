@@ -1,0 +1,1 @@
+"""The orchestrator: front doors, placement, relaying. Loads no model."""

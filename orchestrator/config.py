@@ -1,0 +1,41 @@
+"""Settings of the orchestrator; read once by `__main__`, frozen, passed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from outrider.domain import DraftBudget
+
+
+@dataclass(frozen=True, slots=True)
+class DriverConfig:
+    """Bounds and times of session handling."""
+
+    sessions_max: int = 1_024
+    """Generations at once; more are refused with RESOURCE_EXHAUSTED."""
+    drafters_per_session: int = 2
+    budget: DraftBudget = field(default_factory=DraftBudget)
+    silence_s: float = 5.0
+    """Without a commit for this long, the verifier is asked to repeat."""
+    verifier_timeout_s: float = 60.0
+    """Without a commit for this long, the verifier counts as lost."""
+    sweep_interval_s: float = 0.5
+    prompt_bytes_max: int = 4 * 1024 * 1024
+    stop_strings_max: int = 16
+    stop_bytes_max: int = 1_024
+    stop_ids_max: int = 256
+
+
+@dataclass(frozen=True, slots=True)
+class OrchestratorConfig:
+    """Everything an orchestrator process needs to know."""
+
+    host: str
+    port: int
+    redis_url: str | None
+    verifiers: tuple[str, ...]
+    """Static addresses, host:port."""
+    drafters: tuple[str, ...]
+    name: str
+    drain_s: float
+    driver: DriverConfig

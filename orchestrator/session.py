@@ -1,0 +1,334 @@
+"""One session at the orchestrator: a state machine without IO.
+
+`session.step(event)` returns the commands that the driver carries out. The transition table at
+the end of this file is the documentation of what may happen when; pairs that are missing there
+are listed, with the reason, in `IGNORED`. Nothing here knows gRPC, Redis, time or chance.
+"""
+
+from __future__ import annotations
+
+import enum
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any, Protocol
+
+from orchestrator.messages import (
+    AbortOnVerifier,
+    AskRepeat,
+    AttachDrafters,
+    BindDrafter,
+    ClientGone,
+    Command,
+    Committed,
+    Deliver,
+    DrafterAttached,
+    DrafterAvailable,
+    DrafterGap,
+    DrafterGone,
+    Event,
+    Fail,
+    Finish,
+    Forget,
+    NotPlaced,
+    Opened,
+    OpenOnVerifier,
+    Placed,
+    PlaceVerifier,
+    Refused,
+    RelayCommit,
+    Silence,
+    UnbindDrafter,
+    VerifierLost,
+)
+from outrider.domain import (
+    TARGET_SOURCE,
+    Commit,
+    FinishReason,
+    RejectionCode,
+    SessionSpec,
+    SpeculationCounters,
+)
+from outrider.errors import (
+    Exhausted,
+    InternalError,
+    InvalidRequest,
+    OutriderError,
+    StaleEpoch,
+    Unavailable,
+)
+
+PLACEMENTS_MAX = 4
+"""Verifiers tried for one session before it fails: bounded, so that a poison request ends."""
+BINDINGS_MAX = 16
+"""Attachments of drafters to one session, so that a flapping drafter is given up."""
+
+
+class Piece(Protocol):
+    """What a text stream makes of pushed ids; see `orchestrator.text.TextPiece`."""
+
+    @property
+    def text(self) -> str: ...
+    @property
+    def tokens_kept(self) -> int: ...
+    @property
+    def stopped(self) -> bool: ...
+
+
+class Text(Protocol):
+    """Detokenizer with stop strings; see `orchestrator.text.TextStream`."""
+
+    def push(self, token_ids: Sequence[int]) -> Piece: ...
+    def finish(self) -> Piece: ...
+
+
+class State(enum.Enum):
+    """Where a session stands."""
+
+    OPENING = "opening"
+    """A verifier was asked, or is being looked for; nothing is owed yet."""
+    DECODING = "decoding"
+    """A verifier has it and owes commits."""
+    ENDED = "ended"
+    """Finished, failed or abandoned; nothing may follow."""
+
+
+@dataclass(slots=True)
+class Session:
+    """State of one session; mutated by `step` alone."""
+
+    spec: SessionSpec
+    """Epoch and committed tokens are those of the last opening."""
+    text: Text
+    drafters_wanted: int
+    state: State = State.OPENING
+    verifier: str | None = None
+    output: list[int] = field(default_factory=list)
+    """Committed tokens after the prompt."""
+    bindings: dict[int, str] = field(default_factory=dict)
+    """Live attachments: number to drafter's address."""
+    bindings_made: int = 0
+    avoided: set[str] = field(default_factory=set)
+    """Drafters that refused the session."""
+    tried: list[str] = field(default_factory=list)
+    """Verifiers that refused, failed or were lost, in order."""
+    repeat_asked_at: int | None = None
+    """Length for which a repeat is outstanding."""
+    counters: SpeculationCounters = field(default_factory=SpeculationCounters)
+    counters_before: SpeculationCounters = field(default_factory=SpeculationCounters)
+    """Of spells on earlier verifiers."""
+
+    @property
+    def epoch(self) -> int:
+        """The session's fence."""
+        return self.spec.epoch
+
+    @property
+    def length(self) -> int:
+        """Committed tokens, prompt included."""
+        return len(self.spec.prompt) + len(self.output)
+
+    def start(self) -> list[Command]:
+        """Commands of a new session."""
+        return [PlaceVerifier(frozenset())]
+
+    def step(self, event: Event) -> list[Command]:
+        """Apply an event; events that do not fit the state are without effect."""
+        handler = TRANSITIONS.get((self.state, type(event)))
+        return handler(self, event) if handler is not None else []
+
+    # --- handlers: one for each entry of the table ---
+
+    def _on_placed(self, event: Placed) -> list[Command]:
+        self.verifier = event.address
+        self.spec = replace(self.spec, epoch=self.epoch + 1, committed=tuple(self.output))
+        commands: list[Command] = [OpenOnVerifier(self.spec)]
+        return [*commands, *self._attach()]
+
+    def _on_not_placed(self, event: NotPlaced) -> list[Command]:
+        error = Exhausted(event.reason) if self.tried else Unavailable(event.reason)
+        return self._end(Fail(error))
+
+    def _on_opened(self, event: Opened) -> list[Command]:
+        if event.epoch == self.epoch:
+            self.state = State.DECODING
+        return []
+
+    def _on_refused(self, event: Refused) -> list[Command]:
+        rejection = event.rejection
+        if rejection.epoch != self.epoch:
+            return []
+        match rejection.code:
+            case RejectionCode.INVALID:
+                error: OutriderError = InvalidRequest(
+                    rejection.field or "request", rejection.message
+                )
+            case RejectionCode.STALE_EPOCH:
+                error = StaleEpoch(rejection.message, rejection.current_epoch)
+            case RejectionCode.EXHAUSTED:
+                return self._place_again(Exhausted(rejection.message))
+            case _:
+                return self._place_again(Unavailable(rejection.message))
+        return self._end(Fail(error))
+
+    def _on_verifier_lost(self, event: VerifierLost) -> list[Command]:
+        return self._place_again(Unavailable(f"the verifier was lost: {event.reason}"))
+
+    def _place_again(self, otherwise: OutriderError) -> list[Command]:
+        """Move to another verifier; prompt and committed tokens are all it needs."""
+        if self.verifier is not None:
+            self.tried.append(self.verifier)
+        commands: list[Command] = [AbortOnVerifier(self.epoch), *self._unbind_all()]
+        if len(self.tried) >= PLACEMENTS_MAX:
+            return [*commands, *self._end(Fail(otherwise), abort=False)]
+        self.counters_before = self.counters
+        self.verifier = None
+        self.repeat_asked_at = None
+        self.state = State.OPENING
+        return [*commands, PlaceVerifier(frozenset(self.tried))]
+
+    def _on_committed(self, event: Committed) -> list[Command]:
+        commit = event.commit
+        if commit.epoch != self.epoch:
+            return []
+        if commit.base_length > self.length:
+            return self._ask_repeat()
+        known = self.length - commit.base_length
+        if not self._agrees(commit, known):
+            return self._end(Fail(InternalError("the verifier contradicts its own commits")))
+        tokens = commit.tokens[known:]
+        self.repeat_asked_at = None
+        self.counters = self.counters_before.plus(event.report.counters)
+        fresh = replace(commit, base_length=self.length, tokens=tokens)
+        sources = event.report.sources[known:] or (TARGET_SOURCE,) * len(tokens)
+        return self._deliver(fresh, sources, event.report.finish_reason, verbatim=known == 0)
+
+    def _agrees(self, commit: Commit, known: int) -> bool:
+        """Check a repeated stretch against what was delivered: text must never fork."""
+        start = commit.base_length - len(self.spec.prompt)
+        if start < 0:
+            return False
+        overlap = commit.tokens[:known]
+        return tuple(self.output[start : start + len(overlap)]) == overlap
+
+    def _deliver(
+        self,
+        commit: Commit,
+        sources: tuple[int, ...],
+        reason: FinishReason | None,
+        *,
+        verbatim: bool,
+    ) -> list[Command]:
+        piece = self.text.push(commit.tokens)
+        kept = commit.tokens[: piece.tokens_kept]
+        self.output.extend(kept)
+        text = piece.text
+        if piece.stopped:
+            reason = FinishReason.STOP
+        elif reason is not None:
+            text += self.text.finish().text
+        commands: list[Command] = []
+        if text or kept:
+            commands.append(Deliver(text, kept, sources[: len(kept)]))
+        if reason is not None:
+            finish = Finish(reason, len(self.output), self.counters)
+            return [*commands, *self._end(finish, abort=not commit.last)]
+        if self.bindings and commit.tokens:
+            commands.append(RelayCommit(tuple(self.bindings), commit, verbatim))
+        return commands
+
+    def _on_silence(self, event: Silence) -> list[Command]:
+        self.repeat_asked_at = None
+        return self._ask_repeat()
+
+    def _ask_repeat(self) -> list[Command]:
+        if self.repeat_asked_at == self.length:
+            return []
+        self.repeat_asked_at = self.length
+        return [AskRepeat(self.epoch, self.length)]
+
+    def _on_drafter_attached(self, event: DrafterAttached) -> list[Command]:
+        self.bindings[event.binding] = event.address
+        self.bindings_made += 1
+        return [BindDrafter(event.binding, self.epoch, tuple(self.output))]
+
+    def _on_drafter_gone(self, event: DrafterGone) -> list[Command]:
+        address = self.bindings.pop(event.binding, None)
+        if address is None:
+            return []
+        if event.refused:
+            self.avoided.add(address)
+        return self._attach()
+
+    def _on_drafter_available(self, event: DrafterAvailable) -> list[Command]:
+        return self._attach()
+
+    def _attach(self) -> list[Command]:
+        missing = min(self.drafters_wanted - len(self.bindings), BINDINGS_MAX - self.bindings_made)
+        if missing <= 0:
+            return []
+        return [AttachDrafters(missing, frozenset((*self.bindings.values(), *self.avoided)))]
+
+    def _on_drafter_gap(self, event: DrafterGap) -> list[Command]:
+        have = event.have_length - len(self.spec.prompt)
+        if event.binding not in self.bindings or event.epoch != self.epoch or have < 0:
+            return []
+        tokens = tuple(self.output[have:])
+        return [
+            RelayCommit(
+                (event.binding,), Commit(self.epoch, event.have_length, tokens), verbatim=False
+            )
+        ]
+
+    def _on_client_gone(self, event: ClientGone) -> list[Command]:
+        return self._end(None)
+
+    def _unbind_all(self) -> list[Command]:
+        commands: list[Command] = [UnbindDrafter(*item) for item in self.bindings.items()]
+        self.bindings.clear()
+        return commands
+
+    def _end(self, last_word: Finish | Fail | None, *, abort: bool = True) -> list[Command]:
+        """Free both fleets, say the last word to the client if there is one, and forget."""
+        self.state = State.ENDED
+        commands: list[Command] = []
+        if abort and self.verifier is not None:
+            commands.append(AbortOnVerifier(self.epoch))
+        commands += self._unbind_all()
+        if last_word is not None:
+            commands.append(last_word)
+        return [*commands, Forget()]
+
+
+_OPENING, _DECODING, _ENDED = State.OPENING, State.DECODING, State.ENDED
+
+# (state, event) -> handler; the comment names the state that follows.
+TRANSITIONS: dict[tuple[State, type], Callable[[Session, Any], list[Command]]] = {
+    (_OPENING, Placed): Session._on_placed,  # OPENING, one epoch higher
+    (_OPENING, NotPlaced): Session._on_not_placed,  # ENDED
+    (_OPENING, Opened): Session._on_opened,  # DECODING
+    (_OPENING, Refused): Session._on_refused,  # OPENING elsewhere, or ENDED
+    (_OPENING, VerifierLost): Session._on_verifier_lost,  # OPENING elsewhere, or ENDED
+    (_OPENING, DrafterAttached): Session._on_drafter_attached,  # OPENING
+    (_OPENING, DrafterGone): Session._on_drafter_gone,  # OPENING
+    (_OPENING, DrafterAvailable): Session._on_drafter_available,  # OPENING
+    (_OPENING, DrafterGap): Session._on_drafter_gap,  # OPENING
+    (_OPENING, ClientGone): Session._on_client_gone,  # ENDED
+    (_DECODING, Committed): Session._on_committed,  # DECODING, or ENDED at the last one
+    (_DECODING, Refused): Session._on_refused,  # OPENING elsewhere, or ENDED
+    (_DECODING, VerifierLost): Session._on_verifier_lost,  # OPENING elsewhere, or ENDED
+    (_DECODING, Silence): Session._on_silence,  # DECODING
+    (_DECODING, DrafterAttached): Session._on_drafter_attached,  # DECODING
+    (_DECODING, DrafterGone): Session._on_drafter_gone,  # DECODING
+    (_DECODING, DrafterAvailable): Session._on_drafter_available,  # DECODING
+    (_DECODING, DrafterGap): Session._on_drafter_gap,  # DECODING
+    (_DECODING, ClientGone): Session._on_client_gone,  # ENDED
+}
+
+IGNORED: dict[tuple[State, type], str] = {
+    (_OPENING, Committed): "of an older epoch: the session has moved",
+    (_OPENING, Silence): "the verifier owes no commit yet; its stream breaks if it is gone",
+    (_DECODING, Placed): "a verifier has the session already",
+    (_DECODING, NotPlaced): "a verifier has the session already",
+    (_DECODING, Opened): "repeated",
+    **{(_ENDED, kind): "nothing may follow the end" for kind in Event.__args__},
+}

@@ -1,0 +1,347 @@
+"""gRPC clients of the workers: one long-lived stream for each, kept up for ever.
+
+A link collects what is to be sent and writes it in as few messages as flow control allows: rows
+of many sessions that pile up while a write is under way leave together. Payloads of drafts and
+commits pass through unread.
+"""
+
+from __future__ import annotations
+
+import abc
+import asyncio
+import contextlib
+import enum
+import logging
+from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
+from typing import Any, Generic, TypeVar
+
+import grpc.aio
+
+from outrider import wire
+from outrider.domain import (
+    PROTOCOL_VERSION,
+    BindSpec,
+    Commit,
+    CommitReport,
+    ModelInfo,
+    Rejection,
+    Resync,
+    SessionSpec,
+)
+from outrider.errors import Mismatch, OutriderError
+from outrider.serving.server import CHANNEL_OPTIONS
+from outrider.v1 import (
+    drafter_pb2,
+    drafter_pb2_grpc,
+    types_pb2,
+    verifier_pb2,
+    verifier_pb2_grpc,
+    worker_pb2,
+    worker_pb2_grpc,
+)
+
+HANDSHAKE_TIMEOUT_S = 10.0
+BACKOFF_MIN_S = 0.1
+BACKOFF_MAX_S = 2.0
+DRAFT_ROWS_MAX = 4_096
+"""Drafts waiting for a verifier that reads slowly; more are dropped, they are hints."""
+
+_log = logging.getLogger(__name__)
+
+
+class LinkState(enum.Enum):
+    """How a worker stands with this orchestrator."""
+
+    CONNECTING = "connecting"
+    READY = "ready"
+    DRAINING = "draining"
+    LOST = "lost"
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierBatch:
+    """One message of a verifier."""
+
+    opened: list[tuple[int, int]]
+    """(session, epoch)"""
+    rejections: list[Rejection]
+    commits: list[tuple[int, bytes, Commit, CommitReport]]
+    """(session, the commit as it came, the same decoded, report)"""
+
+
+@dataclass(frozen=True, slots=True)
+class DrafterBatch:
+    """One message of a drafter."""
+
+    rejections: list[Rejection]
+    drafts: list[tuple[int, int, bytes]]
+    """(session, binding, the draft as it came)"""
+    resyncs: list[Resync]
+
+
+RequestT = TypeVar("RequestT", verifier_pb2.VerifyRequest, drafter_pb2.ProposeRequest)
+ResponseT = TypeVar("ResponseT", verifier_pb2.VerifyResponse, drafter_pb2.ProposeResponse)
+
+
+class Link(abc.ABC, Generic[RequestT, ResponseT]):
+    """A stream to one worker that is re-established whenever it breaks."""
+
+    role: str
+
+    def __init__(self, address: str, orchestrator: str) -> None:
+        self.address = address
+        self.state = LinkState.CONNECTING
+        self.reason = "not reached yet"
+        self.info: ModelInfo | None = None
+        self.incarnation = ""
+        self.sessions_max = 0
+        self.sessions: set[int] = set()
+        """Sessions of this orchestrator on the worker; kept by the driver."""
+        self._orchestrator = orchestrator
+        self._pending: RequestT = self._new_request()
+        self._wake = asyncio.Event()
+        self._task: asyncio.Task[None] | None = None
+
+    @abc.abstractmethod
+    def _new_request(self) -> RequestT: ...
+
+    @abc.abstractmethod
+    def _stream(self, channel: grpc.aio.Channel) -> Any: ...
+
+    @abc.abstractmethod
+    async def _prepare(self, channel: grpc.aio.Channel, info: ModelInfo) -> None:
+        """Fetch what else is needed before the stream opens."""
+
+    @abc.abstractmethod
+    def _receive(self, response: ResponseT) -> None: ...
+
+    @abc.abstractmethod
+    def _changed(self) -> None:
+        """Tell the driver that `state` has changed."""
+
+    def start(self) -> None:
+        """Begin to connect."""
+        self._task = asyncio.create_task(self._run(), name=f"link-{self.address}")
+
+    async def close(self) -> None:
+        """End the stream for good; the worker aborts what is left on it."""
+        if self._task is not None:
+            self._task.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await self._task
+        self._set(LinkState.LOST, "closed")
+
+    def _set(self, state: LinkState, reason: str) -> None:
+        if state is not self.state or reason != self.reason:
+            self.state, self.reason = state, reason
+            self._changed()
+
+    async def _run(self) -> None:
+        backoff_s = BACKOFF_MIN_S
+        while True:
+            was_ready = False
+            try:
+                await self._serve()
+                reason = "the worker closed the stream"
+            except grpc.aio.AioRpcError as error:
+                reason = f"{error.code().name}: {error.details()}"
+            except OutriderError as error:
+                reason = str(error)
+            except Exception as error:
+                # A link that dies silently would leave a healthy worker unused for ever.
+                _log.exception("link to %s %s", self.role, self.address)
+                reason = f"internal error: {type(error).__name__}"
+            was_ready = self.state in (LinkState.READY, LinkState.DRAINING)
+            if reason != self.reason:
+                _log.warning("%s %s: %s", self.role, self.address, reason)
+            self._pending = self._new_request()
+            self._wake.clear()
+            self._set(LinkState.LOST, reason)
+            backoff_s = BACKOFF_MIN_S if was_ready else min(backoff_s * 2, BACKOFF_MAX_S)
+            await asyncio.sleep(backoff_s)
+
+    async def _serve(self) -> None:
+        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+            worker = worker_pb2_grpc.WorkerServiceStub(channel)
+            answer = await worker.GetModelInfo(
+                worker_pb2.GetModelInfoRequest(), timeout=HANDSHAKE_TIMEOUT_S
+            )
+            info = wire.model_info_from_pb(answer.info)
+            if info.protocol_version != PROTOCOL_VERSION:
+                raise Mismatch(
+                    f"the worker speaks protocol {info.protocol_version}, this orchestrator "
+                    f"{PROTOCOL_VERSION}; run the same release of both"
+                )
+            await self._prepare(channel, info)
+            self.info, self.incarnation = info, answer.incarnation
+            self.sessions_max = answer.sessions_max
+            stream = self._stream(channel)
+            hello = types_pb2.Hello(
+                orchestrator=self._orchestrator, protocol_version=PROTOCOL_VERSION
+            )
+            await stream.write(self._hello(hello))
+            writer: asyncio.Task[None] | None = None
+            try:
+                async for response in stream:
+                    if writer is None:
+                        writer = asyncio.create_task(self._write(stream))
+                        _log.info("%s %s is ready: %s", self.role, self.address, info.model)
+                    draining = bool(response.draining)
+                    self._set(LinkState.DRAINING if draining else LinkState.READY, "")
+                    self._receive(response)
+            finally:
+                if writer is not None:
+                    writer.cancel()
+                stream.cancel()
+
+    @abc.abstractmethod
+    def _hello(self, hello: types_pb2.Hello) -> RequestT: ...
+
+    async def _write(self, stream: Any) -> None:
+        # A failed write ends the stream; the reader learns of it and reports why.
+        with contextlib.suppress(grpc.aio.AioRpcError, asyncio.InvalidStateError):
+            while True:
+                await self._wake.wait()
+                self._wake.clear()
+                request, self._pending = self._pending, self._new_request()
+                await stream.write(request)
+
+
+class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]):
+    """Stream to a verifier."""
+
+    role = "verifier"
+
+    def __init__(
+        self,
+        address: str,
+        orchestrator: str,
+        *,
+        on_change: Callable[[VerifierLink], None],
+        on_batch: Callable[[VerifierLink, VerifierBatch], None],
+        on_tokenizer: Callable[[ModelInfo, dict[str, bytes]], Awaitable[None]],
+        has_tokenizer: Callable[[ModelInfo], bool],
+    ) -> None:
+        super().__init__(address, orchestrator)
+        self._on_change, self._on_batch = on_change, on_batch
+        self._on_tokenizer, self._has_tokenizer = on_tokenizer, has_tokenizer
+
+    def open(self, spec: SessionSpec) -> None:
+        """Queue a session to open."""
+        self._pending.opens.append(wire.session_to_pb(spec))
+        self._wake.set()
+
+    def offer(self, session: int, source: int, draft: bytes) -> bool:
+        """Queue a draft; False if it was dropped."""
+        if len(self._pending.drafts) >= DRAFT_ROWS_MAX:
+            return False
+        self._pending.drafts.add(session=session, source=source, draft=draft)
+        self._wake.set()
+        return True
+
+    def ask_repeat(self, resync: Resync) -> None:
+        """Queue a request for lost commits."""
+        self._pending.resyncs.append(wire.resync_to_pb(resync))
+        self._wake.set()
+
+    def abort(self, session: int, epoch: int) -> None:
+        """Queue the end of a session."""
+        self._pending.aborts.add(session=session, epoch=epoch)
+        self._wake.set()
+
+    def _new_request(self) -> verifier_pb2.VerifyRequest:
+        return verifier_pb2.VerifyRequest()
+
+    def _hello(self, hello: types_pb2.Hello) -> verifier_pb2.VerifyRequest:
+        return verifier_pb2.VerifyRequest(hello=hello)
+
+    def _stream(self, channel: grpc.aio.Channel) -> Any:
+        return verifier_pb2_grpc.VerifierServiceStub(channel).Verify()
+
+    async def _prepare(self, channel: grpc.aio.Channel, info: ModelInfo) -> None:
+        if self._has_tokenizer(info):
+            return
+        files: dict[str, bytearray] = {}
+        pieces = verifier_pb2_grpc.VerifierServiceStub(channel).GetTokenizer(
+            verifier_pb2.GetTokenizerRequest(), timeout=HANDSHAKE_TIMEOUT_S
+        )
+        async for piece in pieces:
+            files.setdefault(piece.name, bytearray()).extend(piece.chunk)
+        await self._on_tokenizer(info, {name: bytes(data) for name, data in files.items()})
+
+    def _receive(self, response: verifier_pb2.VerifyResponse) -> None:
+        commits: list[tuple[int, bytes, Commit, CommitReport]] = []
+        for row in response.commits:
+            commit = wire.commit_from_bytes(row.commit)
+            if commit is not None:
+                report = wire.report_from_pb(row.report)
+                commits.append((row.session, row.commit, commit, report))
+        self._on_batch(
+            self,
+            VerifierBatch(
+                [(opened.session, opened.epoch) for opened in response.opened],
+                [wire.rejection_from_pb(rejection) for rejection in response.rejections],
+                commits,
+            ),
+        )
+
+    def _changed(self) -> None:
+        self._on_change(self)
+
+
+class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse]):
+    """Stream to a drafter."""
+
+    role = "drafter"
+
+    def __init__(
+        self,
+        address: str,
+        orchestrator: str,
+        *,
+        on_change: Callable[[DrafterLink], None],
+        on_batch: Callable[[DrafterLink, DrafterBatch], None],
+    ) -> None:
+        super().__init__(address, orchestrator)
+        self._on_change, self._on_batch = on_change, on_batch
+
+    def bind(self, spec: BindSpec) -> None:
+        """Queue a session to mirror."""
+        self._pending.binds.append(wire.bind_to_pb(spec))
+        self._wake.set()
+
+    def commit(self, session: int, commit: bytes) -> None:
+        """Queue a commit."""
+        self._pending.commits.add(session=session, commit=commit)
+        self._wake.set()
+
+    def unbind(self, session: int, binding: int) -> None:
+        """Queue the end of an attachment."""
+        self._pending.unbinds.add(session=session, binding=binding)
+        self._wake.set()
+
+    def _new_request(self) -> drafter_pb2.ProposeRequest:
+        return drafter_pb2.ProposeRequest()
+
+    def _hello(self, hello: types_pb2.Hello) -> drafter_pb2.ProposeRequest:
+        return drafter_pb2.ProposeRequest(hello=hello)
+
+    def _stream(self, channel: grpc.aio.Channel) -> Any:
+        return drafter_pb2_grpc.DrafterServiceStub(channel).Propose()
+
+    async def _prepare(self, channel: grpc.aio.Channel, info: ModelInfo) -> None:
+        return None
+
+    def _receive(self, response: drafter_pb2.ProposeResponse) -> None:
+        self._on_batch(
+            self,
+            DrafterBatch(
+                [wire.rejection_from_pb(rejection) for rejection in response.rejections],
+                [(row.session, row.binding, row.draft) for row in response.drafts],
+                [wire.resync_from_pb(resync) for resync in response.resyncs],
+            ),
+        )
+
+    def _changed(self) -> None:
+        self._on_change(self)

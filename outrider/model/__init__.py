@@ -1,0 +1,1 @@
+"""Everything that imports torch: loading, forward pass, KV cache, noise, sampling."""

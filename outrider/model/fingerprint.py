@@ -1,0 +1,90 @@
+"""The model fingerprint: what must match for KV to be shared or output continued exactly."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import os
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from outrider.domain import RULE_VERSION
+from outrider.errors import ModelLoadError
+from outrider.model.kv_cache import KV_LAYOUT
+
+_logger = logging.getLogger(__name__)
+
+# Where a model came from and what wrote its file do not change what it computes. The dtype it
+# was stored in is covered by the weights, the one it runs in stands beside the configuration.
+_CONFIG_KEYS_IGNORED = frozenset(
+    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+)
+
+
+def model_fingerprint(
+    config: dict[str, Any], weights: str, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Return the SHA-256 (hex) over everything that decides a model's output and KV.
+
+    `weights` is the digest of the weights. Quantization and parallelism are constants as long
+    as there is one of each.
+    """
+    identity = {
+        "config": {key: config[key] for key in config.keys() - _CONFIG_KEYS_IGNORED},
+        "weights": weights,
+        "dtype": str(dtype),
+        "quantization": "none",
+        "parallelism": 1,
+        "kv_layout": KV_LAYOUT,
+        "kernels": f"{device.type}-sdpa",
+        "rule_version": RULE_VERSION,
+    }
+    canonical = json.dumps(identity, sort_keys=True, default=str)
+    return hashlib.sha256(canonical.encode()).hexdigest()
+
+
+def parameters_digest(module: torch.nn.Module) -> str:
+    """Return the SHA-256 (hex) over a module's parameters; for small modules on the CPU."""
+    digest = hashlib.sha256()
+    for name, parameter in sorted(module.named_parameters()):
+        digest.update(f"{name} {parameter.dtype} {tuple(parameter.shape)}\n".encode())
+        digest.update(parameter.detach().contiguous().view(torch.uint8).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def folder_digest(folder: Path, cache_dir: Path) -> str:
+    """Return the SHA-256 (hex) over the safetensors files of a model folder.
+
+    Kept under `cache_dir` for as long as names, sizes and modification times stay the same; the
+    model's own folder may be read-only. Raises ModelLoadError if there are none.
+    """
+    files = sorted(folder.glob("*.safetensors"))
+    if not files:
+        raise ModelLoadError("there are no *.safetensors files; other formats are not loaded")
+    stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
+    key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()
+    cached = cache_dir / "digests" / key
+    if cached.is_file():
+        return cached.read_text()
+    digest = hashlib.sha256()
+    for file in files:
+        with file.open("rb") as content:
+            digest.update(f"{file.name} ".encode())
+            digest.update(hashlib.file_digest(content, "sha256").digest())
+    _write_atomically(cached, digest.hexdigest())
+    return digest.hexdigest()
+
+
+def _write_atomically(path: Path, text: str) -> None:
+    """Write a file so that readers see all of it or nothing; a failure costs time, no more."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.NamedTemporaryFile("w", dir=path.parent, delete=False) as file:
+            file.write(text)
+        os.replace(file.name, path)
+    except OSError as error:
+        _logger.warning("cannot keep the digest of the weights: %s", error)

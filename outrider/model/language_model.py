@@ -1,0 +1,263 @@
+"""One forward pass over a ragged batch of tree-shaped rows, with KV per session.
+
+The verifier's tips, chosen nodes and prefill chunks, and a drafter's leaves, are all rows of this
+one pass. Module definitions are transformers' own; the batch and the cache are ours.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+import torch
+from transformers import PreTrainedModel
+
+from outrider.errors import ModelLoadError
+from outrider.model import attention
+from outrider.model.kv_cache import Extension, KvLayout, SessionCache
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """New tokens of one session in a pass, and where their logits are wanted."""
+
+    cache: SessionCache
+    tokens: Sequence[int]
+    """At least one id, each in [0, vocabulary_size)."""
+    parents: Sequence[int] | None = None
+    """None: a chain that extends the prefix (the cache must hold no tree). Otherwise one parent
+    slot per token, -1 being the end of the prefix. The tokens get slots tree_size,
+    tree_size + 1, ... in order, so a parent may be an older slot or an earlier token here."""
+    wanted: Sequence[int] = field(default=())
+    """Indices into `tokens` whose logits are wanted, in this order."""
+
+
+class LanguageModel(Protocol):
+    """What verifier and drafters need of a model; not safe for two threads at once."""
+
+    @property
+    def name(self) -> str:
+        """Name for people and requests."""
+
+    @property
+    def vocabulary_size(self) -> int:
+        """Number of ids, and the width of the logits."""
+
+    @property
+    def length_max(self) -> int:
+        """Tokens a text may have: positions run from 0 to length_max - 1."""
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, in ascending order."""
+
+    @property
+    def dtype(self) -> str:
+        """"float32", "bfloat16" or "float16"."""
+
+    @property
+    def device(self) -> torch.device:
+        """Where weights and caches lie."""
+
+    @property
+    def model_fingerprint(self) -> str:
+        """What must match for KV to be shared or an output to be continued exactly."""
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """See `outrider.tokenizer.tokenizer_fingerprint`."""
+
+    @property
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        """Contents of the files named by `outrider.tokenizer.TOKENIZER_FILES`, as present."""
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV that a token takes in a session's cache."""
+
+    def new_cache(self) -> SessionCache:
+        """Create an empty cache; it belongs to the caller, who also releases it."""
+
+    def forward(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Run the rows and return the wanted logits, float32 [sum(len(wanted)), vocabulary].
+
+        Row after row, in the order of each row's `wanted`. The new tokens are then part of their
+        caches. A row's logits do not depend on its company beyond rounding. Raises ValueError
+        for wrong rows, in which case no cache has changed.
+        """
+
+
+@dataclass(frozen=True, slots=True)
+class ModelIdentity:
+    """What a model is called and what it must be told apart by."""
+
+    name: str
+    model_fingerprint: str
+    tokenizer_fingerprint: str
+    tokenizer_files: Mapping[str, bytes]
+    eos_ids: tuple[int, ...]
+
+
+class TransformersModel:
+    """A `LanguageModel` around a causal LM of transformers that uses our attention.
+
+    Made by `outrider.model.loading`, which has checked that the model can be addressed.
+    """
+
+    def __init__(self, module: PreTrainedModel, identity: ModelIdentity) -> None:
+        self.module: Any = module.eval().requires_grad_(False)
+        self._identity = identity
+        config: Any = module.config.get_text_config(decoder=True)
+        self.vocabulary_size: int = module.get_output_embeddings().weight.shape[0]
+        self.length_max: int = config.max_position_embeddings
+        self.device: torch.device = module.device
+        self.layout = _kv_layout(config, module)
+        self._group: int = config.num_attention_heads // self.layout.kv_heads
+
+    @property
+    def name(self) -> str:
+        """Name for people and requests."""
+        return self._identity.name
+
+    @property
+    def eos_ids(self) -> tuple[int, ...]:
+        """Ids that end a text, in ascending order."""
+        return self._identity.eos_ids
+
+    @property
+    def dtype(self) -> str:
+        """"float32", "bfloat16" or "float16"."""
+        return str(self.layout.dtype).removeprefix("torch.")
+
+    @property
+    def model_fingerprint(self) -> str:
+        """What must match for KV to be shared or an output to be continued exactly."""
+        return self._identity.model_fingerprint
+
+    @property
+    def tokenizer_fingerprint(self) -> str:
+        """See `outrider.tokenizer.tokenizer_fingerprint`."""
+        return self._identity.tokenizer_fingerprint
+
+    @property
+    def tokenizer_files(self) -> Mapping[str, bytes]:
+        """Contents of the tokenizer's files, by name."""
+        return self._identity.tokenizer_files
+
+    @property
+    def kv_bytes_per_token(self) -> int:
+        """Bytes of KV that a token takes in a session's cache."""
+        return self.layout.bytes_per_token
+
+    def new_cache(self) -> SessionCache:
+        """Create an empty cache; it belongs to the caller, who also releases it."""
+        return SessionCache(self.layout)
+
+    def forward(self, rows: Sequence[Row]) -> torch.Tensor:
+        """Run the rows; see `LanguageModel.forward`."""
+        extensions = self._plan(rows)
+        if not rows:
+            return torch.empty((0, self.vocabulary_size), device=self.device)
+        with torch.inference_mode():
+            placed = _place(rows, extensions, self._group)
+            size = self._padded_size(placed[-1].end)
+            logits = self._run(rows, extensions, attention.PassAttention(placed, size))
+        # Last, so that a pass that failed has not changed what the caches claim to hold.
+        for row, extension in zip(rows, extensions, strict=True):
+            row.cache.apply(extension)
+        return logits
+
+    def probe(self) -> None:
+        """Check that the model's attention can be addressed; see `loading`. Raises
+        ModelLoadError."""
+        cache = self.new_cache()
+        rows = [Row(cache, [0, 1], None, [0, 1])]
+        extensions = self._plan(rows)
+        with torch.inference_mode():
+            placed = _place(rows, extensions, self._group)
+            probe = attention.ProbeAttention(placed, 2, self.length_max)
+            self._run(rows, extensions, probe)
+        layers = self.layout.layers
+        if probe.calls != dict.fromkeys(range(layers), 1):
+            raise ModelLoadError(
+                f"only {len(probe.calls)} of its {layers} layers use the attention interface"
+                " once per pass"
+            )
+
+    def _plan(self, rows: Sequence[Row]) -> list[Extension]:
+        """Check the rows and say where their tokens go. Changes nothing; raises ValueError."""
+        if len({id(row.cache) for row in rows}) != len(rows):
+            raise ValueError("a cache may occur only once in a pass")
+        extensions = []
+        for row in rows:
+            if row.cache.layout != self.layout:
+                raise ValueError("the cache was made for another model")
+            if not row.tokens:
+                raise ValueError("a row needs at least one token")
+            if not all(0 <= token < self.vocabulary_size for token in row.tokens):
+                raise ValueError(f"a token id lies outside [0, {self.vocabulary_size})")
+            if not all(0 <= index < len(row.tokens) for index in row.wanted):
+                raise ValueError(f"wanted logits lie outside a row of {len(row.tokens)} tokens")
+            extension = row.cache.plan(len(row.tokens), row.parents)
+            if extension.positions.max() >= self.length_max:
+                raise ValueError(
+                    f"position {extension.positions.max()} reaches the maximum length"
+                    f" of {self.length_max}"
+                )
+            extensions.append(extension)
+        return extensions
+
+    def _run(
+        self,
+        rows: Sequence[Row],
+        extensions: Sequence[Extension],
+        batch: attention.PassAttention,
+    ) -> torch.Tensor:
+        """Run the modules over the flattened rows; returns the wanted logits in float32."""
+        padding = [0] * (batch.size - batch.rows[-1].end)
+        tokens = [token for row in rows for token in row.tokens] + padding
+        positions = [int(at) for plan in extensions for at in plan.positions] + padding
+        wanted = [
+            placed.begin + index
+            for row, placed in zip(rows, batch.rows, strict=True)
+            for index in row.wanted
+        ]
+        inputs = torch.tensor([tokens, positions], device=self.device)
+        output = self.module(
+            input_ids=inputs[:1],
+            position_ids=inputs[1:],
+            use_cache=False,
+            logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=self.device),
+            rows=batch,
+        )
+        logits: torch.Tensor = output.logits[0]
+        return logits.float()
+
+    def _padded_size(self, size: int) -> int:
+        return size
+
+
+def _place(
+    rows: Sequence[Row], extensions: Sequence[Extension], group: int
+) -> list[attention.RowAttention]:
+    """Make room in the caches and lay the rows end to end."""
+    placed = []
+    begin = 0
+    for row, extension in zip(rows, extensions, strict=True):
+        row.cache.reserve(extension.start + extension.size)
+        placed.append(attention.RowAttention(row.cache, extension, begin, group))
+        begin += extension.size
+    return placed
+
+
+def _kv_layout(config: Any, module: PreTrainedModel) -> KvLayout:
+    """Return the sizes of a model's keys and values, from its configuration."""
+    heads: int = config.num_attention_heads
+    return KvLayout(
+        layers=config.num_hidden_layers,
+        kv_heads=getattr(config, "num_key_value_heads", None) or heads,
+        head_dim=getattr(config, "head_dim", None) or config.hidden_size // heads,
+        dtype=module.dtype,
+        device=module.device,
+    )

@@ -1,0 +1,1 @@
+"""What every service's process does alike: gRPC server, health, status mapping, logs. No torch."""

@@ -1,0 +1,94 @@
+"""The two queues between an event loop and the thread that owns a model.
+
+`Inbox`: loop to thread. `Mailbox`: anything on the loop to one reader on the loop, joining what
+has piled up, so that a slow reader gets fewer and larger messages instead of a longer queue.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import threading
+from collections import deque
+from typing import Generic, TypeVar
+
+T = TypeVar("T")
+
+
+class Inbox(Generic[T]):
+    """Bounded commands for a thread; thread-safe."""
+
+    def __init__(self, droppable_max: int) -> None:
+        self._items: deque[T] = deque()
+        self._changed = threading.Condition()
+        self._droppable_max = droppable_max
+        self._closed = False
+
+    def put(self, item: T, *, droppable: bool = False) -> bool:
+        """Append; returns False if the item was dropped because the queue is full.
+
+        Only hints are droppable. What is not is bounded by admission: a session has a handful of
+        such messages.
+        """
+        with self._changed:
+            if self._closed or (droppable and len(self._items) >= self._droppable_max):
+                return False
+            self._items.append(item)
+            self._changed.notify()
+            return True
+
+    def take_all(self, *, wait_s: float) -> list[T]:
+        """Return everything queued; waits up to `wait_s` while there is nothing."""
+        with self._changed:
+            if not self._items and wait_s > 0 and not self._closed:
+                self._changed.wait(wait_s)
+            items = list(self._items)
+            self._items.clear()
+            return items
+
+    def close(self) -> None:
+        """Refuse further items and wake the thread."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+    @property
+    def closed(self) -> bool:
+        """True once `close` was called."""
+        return self._closed
+
+
+class Mailbox(Generic[T]):
+    """Items for one reader on the same event loop; `put` never blocks.
+
+    The bound is the writer's: each session contributes at most one item a step, and a reader that
+    stalls gets them all at once.
+    """
+
+    def __init__(self) -> None:
+        self._items: list[T] = []
+        self._ready = asyncio.Event()
+        self._closed = False
+
+    def put(self, item: T) -> None:
+        """Append; ignored after `close`."""
+        if not self._closed:
+            self._items.append(item)
+            self._ready.set()
+
+    def close(self) -> None:
+        """No more items; the reader gets what is left, then an empty list."""
+        self._closed = True
+        self._ready.set()
+
+    @property
+    def closed(self) -> bool:
+        """True once `close` was called."""
+        return self._closed
+
+    async def take(self) -> list[T]:
+        """Wait for items and return all of them; an empty list means closed and drained."""
+        await self._ready.wait()
+        items, self._items = self._items, []
+        if not self._closed:
+            self._ready.clear()
+        return items

@@ -1,0 +1,96 @@
+"""Our errors to gRPC status and back; the only place that knows the mapping.
+
+Beside code and message, the trailing metadata carries `outrider-field`, the request field at
+fault, so that clients need not parse messages.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import uuid
+from collections.abc import AsyncIterator
+from typing import Any
+
+import grpc
+import grpc.aio
+
+from outrider.errors import (
+    ConfigError,
+    Exhausted,
+    InternalError,
+    InvalidRequest,
+    Mismatch,
+    OutriderError,
+    StaleEpoch,
+    Unavailable,
+    UnknownModel,
+)
+
+FIELD_KEY = "outrider-field"
+
+_log = logging.getLogger(__name__)
+
+# Most derived first: the first class that fits decides.
+_CODES: tuple[tuple[type[OutriderError], grpc.StatusCode], ...] = (
+    (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
+    (Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
+    (Unavailable, grpc.StatusCode.UNAVAILABLE),
+    (StaleEpoch, grpc.StatusCode.ABORTED),
+    (Mismatch, grpc.StatusCode.FAILED_PRECONDITION),
+    (ConfigError, grpc.StatusCode.FAILED_PRECONDITION),
+    (OutriderError, grpc.StatusCode.INTERNAL),
+)
+
+
+def code_of(error: OutriderError) -> grpc.StatusCode:
+    """Return the gRPC status code for one of our errors."""
+    return next(code for kind, code in _CODES if isinstance(error, kind))
+
+
+@contextlib.asynccontextmanager
+async def status_of_errors(
+    context: grpc.aio.ServicerContext[Any, Any],
+) -> AsyncIterator[None]:
+    """Turn exceptions of a handler's body into a status; no traceback ever reaches a client."""
+    try:
+        yield
+    except InvalidRequest as error:
+        await context.abort(code_of(error), str(error), ((FIELD_KEY, error.field),))
+    except OutriderError as error:
+        await context.abort(code_of(error), str(error))
+    except (grpc.aio.AbortError, grpc.aio.UsageError):
+        raise
+    except Exception:
+        incident = uuid.uuid4().hex[:8]
+        _log.exception("internal error, incident %s", incident)
+        await context.abort(
+            grpc.StatusCode.INTERNAL,
+            f"internal error; quote incident {incident} when you report it",
+        )
+
+
+def error_of_status(error: grpc.aio.AioRpcError | grpc.RpcError) -> OutriderError:
+    """Turn a failed call back into one of our errors, for clients."""
+    if not isinstance(error, grpc.Call):
+        return InternalError(str(error))
+    message = error.details() or "no details"
+    metadata = {key: value for key, value in error.trailing_metadata() or ()}
+    field = str(metadata.get(FIELD_KEY, ""))
+    message = message.removeprefix(f"{field}: ") if field else message
+    match error.code():
+        case grpc.StatusCode.INVALID_ARGUMENT:
+            return InvalidRequest(field or "request", message)
+        case grpc.StatusCode.NOT_FOUND:
+            return UnknownModel(field or "model", message)
+        case grpc.StatusCode.RESOURCE_EXHAUSTED:
+            return Exhausted(message)
+        case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
+            return Unavailable(message)
+        case grpc.StatusCode.ABORTED:
+            return StaleEpoch(message, 0)
+        case grpc.StatusCode.FAILED_PRECONDITION:
+            return Mismatch(message)
+        case _:
+            return InternalError(f"{error.code().name}: {message}")

@@ -1,0 +1,365 @@
+"""Protobuf to domain and back, in one place; protobuf stops here and at the edges.
+
+Decoders raise `InvalidRequest` naming the field; they do not check what needs knowledge of the
+session (vocabulary, epoch, digest).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from google.protobuf.message import DecodeError
+
+from outrider.domain import (
+    PROTOCOL_VERSION,
+    BindSpec,
+    Commit,
+    CommitReport,
+    Draft,
+    DraftBudget,
+    FinishReason,
+    ModelInfo,
+    Rejection,
+    RejectionCode,
+    Resync,
+    SamplingParams,
+    SessionSpec,
+    SpeculationCounters,
+    StepReport,
+)
+from outrider.errors import InvalidRequest, Mismatch
+from outrider.v1 import drafter_pb2, types_pb2, verifier_pb2
+
+_FINISH = {
+    None: types_pb2.FINISH_REASON_UNSPECIFIED,
+    FinishReason.STOP: types_pb2.FINISH_REASON_STOP,
+    FinishReason.LENGTH: types_pb2.FINISH_REASON_LENGTH,
+    FinishReason.ABORTED: types_pb2.FINISH_REASON_ABORTED,
+}
+_FINISH_BACK = {number: reason for reason, number in _FINISH.items()}
+
+_REJECTION = {
+    RejectionCode.INVALID: types_pb2.REJECTION_CODE_INVALID,
+    RejectionCode.EXHAUSTED: types_pb2.REJECTION_CODE_EXHAUSTED,
+    RejectionCode.DRAINING: types_pb2.REJECTION_CODE_DRAINING,
+    RejectionCode.STALE_EPOCH: types_pb2.REJECTION_CODE_STALE_EPOCH,
+    RejectionCode.MISMATCH: types_pb2.REJECTION_CODE_MISMATCH,
+    RejectionCode.INTERNAL: types_pb2.REJECTION_CODE_INTERNAL,
+    RejectionCode.UNKNOWN_SESSION: types_pb2.REJECTION_CODE_UNKNOWN_SESSION,
+}
+_REJECTION_BACK = {number: code for code, number in _REJECTION.items()}
+
+
+# --- the hot path -----------------------------------------------------------------------------
+
+
+def draft_to_bytes(draft: Draft) -> bytes:
+    """Serialize a draft, to be relayed unread."""
+    return types_pb2.Draft(
+        epoch=draft.epoch,
+        base_length=draft.base_length,
+        base_digest=draft.base_digest,
+        tokens=draft.tokens,
+        parents=draft.parents,
+        accept_logprobs=draft.accept_logprobs,
+    ).SerializeToString()
+
+
+def draft_from_bytes(data: bytes) -> Draft | None:
+    """Parse a draft; None if the bytes are not one. Contents are checked by `draft_fault`."""
+    try:
+        message = types_pb2.Draft.FromString(data)
+    except DecodeError:
+        return None
+    return Draft(
+        message.epoch,
+        message.base_length,
+        message.base_digest,
+        tuple(message.tokens),
+        tuple(message.parents),
+        tuple(message.accept_logprobs),
+    )
+
+
+def commit_to_bytes(commit: Commit) -> bytes:
+    """Serialize a commit, to be relayed unread."""
+    return types_pb2.Commit(
+        epoch=commit.epoch,
+        base_length=commit.base_length,
+        tokens=commit.tokens,
+        last=commit.last,
+    ).SerializeToString()
+
+
+def commit_from_bytes(data: bytes) -> Commit | None:
+    """Parse a commit; None if the bytes are not one."""
+    try:
+        message = types_pb2.Commit.FromString(data)
+    except DecodeError:
+        return None
+    return Commit(message.epoch, message.base_length, tuple(message.tokens), message.last)
+
+
+def report_to_pb(report: CommitReport) -> types_pb2.CommitReport:
+    """Convert what goes to the orchestrator beside a commit."""
+    return types_pb2.CommitReport(
+        finish_reason=_FINISH[report.finish_reason],
+        sources=report.sources,
+        counters=counters_to_pb(report.counters),
+    )
+
+
+def report_from_pb(message: types_pb2.CommitReport) -> CommitReport:
+    """Convert back."""
+    return CommitReport(
+        counters_from_pb(message.counters),
+        tuple(message.sources),
+        finish_reason_from_pb(message.finish_reason),
+    )
+
+
+# --- values -----------------------------------------------------------------------------------
+
+
+def finish_reason_to_pb(reason: FinishReason | None) -> types_pb2.FinishReason.ValueType:
+    """Convert a finish reason; None is unspecified."""
+    return _FINISH[reason]
+
+
+def finish_reason_from_pb(number: types_pb2.FinishReason.ValueType) -> FinishReason | None:
+    """Convert back; numbers of a newer protocol count as unspecified."""
+    return _FINISH_BACK.get(number)
+
+
+def counters_to_pb(counters: SpeculationCounters) -> types_pb2.SpeculationCounters:
+    """Convert counters."""
+    return types_pb2.SpeculationCounters(
+        verify_steps=counters.verify_steps,
+        verified_draft_tokens=counters.verified_draft_tokens,
+        accepted_draft_tokens=counters.accepted_draft_tokens,
+        received_draft_tokens=counters.received_draft_tokens,
+        dropped_drafts=counters.dropped_drafts,
+        dropped_nodes=counters.dropped_nodes,
+        accepted_by_source=counters.accepted_by_source,
+    )
+
+
+def counters_from_pb(message: types_pb2.SpeculationCounters) -> SpeculationCounters:
+    """Convert back."""
+    return SpeculationCounters(
+        message.verify_steps,
+        message.verified_draft_tokens,
+        message.accepted_draft_tokens,
+        message.received_draft_tokens,
+        dict(message.dropped_drafts),
+        dict(message.dropped_nodes),
+        dict(message.accepted_by_source),
+    )
+
+
+def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
+    """Convert a model's identity."""
+    message = types_pb2.ModelInfo(
+        model=info.model,
+        model_fingerprint=info.model_fingerprint,
+        vocabulary_size=info.vocabulary_size,
+        length_max=info.length_max,
+        protocol_version=info.protocol_version,
+        eos_ids=info.eos_ids,
+        dtype=info.dtype,
+        proposer=info.proposer,
+    )
+    if info.tokenizer_fingerprint is not None:
+        message.tokenizer_fingerprint = info.tokenizer_fingerprint
+    return message
+
+
+def model_info_from_pb(message: types_pb2.ModelInfo) -> ModelInfo:
+    """Convert back."""
+    has_tokenizer = message.HasField("tokenizer_fingerprint")
+    return ModelInfo(
+        model=message.model,
+        model_fingerprint=message.model_fingerprint,
+        tokenizer_fingerprint=message.tokenizer_fingerprint if has_tokenizer else None,
+        vocabulary_size=message.vocabulary_size,
+        length_max=message.length_max,
+        dtype=message.dtype,
+        eos_ids=tuple(message.eos_ids),
+        proposer=message.proposer,
+        protocol_version=message.protocol_version,
+    )
+
+
+def sampling_to_pb(params: SamplingParams) -> types_pb2.SamplingParams:
+    """Convert sampling parameters, every field set."""
+    return types_pb2.SamplingParams(
+        temperature=params.temperature,
+        top_k=params.top_k,
+        top_p=params.top_p,
+        min_p=params.min_p,
+    )
+
+
+def sampling_from_pb(message: types_pb2.SamplingParams) -> SamplingParams:
+    """Convert back, defaults for absent fields; raises `InvalidRequest` for wrong values."""
+    default = SamplingParams()
+
+    return SamplingParams(
+        temperature=(
+            message.temperature if message.HasField("temperature") else default.temperature
+        ),
+        top_k=message.top_k if message.HasField("top_k") else default.top_k,
+        top_p=message.top_p if message.HasField("top_p") else default.top_p,
+        min_p=message.min_p if message.HasField("min_p") else default.min_p,
+    )
+
+
+def rejection_to_pb(rejection: Rejection) -> types_pb2.Rejection:
+    """Convert a refusal."""
+    return types_pb2.Rejection(
+        session=rejection.session,
+        epoch=rejection.epoch,
+        binding=rejection.binding,
+        code=_REJECTION[rejection.code],
+        field=rejection.field,
+        message=rejection.message,
+        current_epoch=rejection.current_epoch,
+    )
+
+
+def rejection_from_pb(message: types_pb2.Rejection) -> Rejection:
+    """Convert back; an unknown code counts as internal."""
+    return Rejection(
+        session=message.session,
+        epoch=message.epoch,
+        code=_REJECTION_BACK.get(message.code, RejectionCode.INTERNAL),
+        message=message.message,
+        field=message.field,
+        binding=message.binding,
+        current_epoch=message.current_epoch,
+    )
+
+
+def resync_to_pb(resync: Resync) -> types_pb2.Resync:
+    """Convert a request for missing commits."""
+    return types_pb2.Resync(
+        session=resync.session,
+        epoch=resync.epoch,
+        have_length=resync.have_length,
+        binding=resync.binding,
+    )
+
+
+def resync_from_pb(message: types_pb2.Resync) -> Resync:
+    """Convert back."""
+    return Resync(message.session, message.epoch, message.have_length, message.binding)
+
+
+def step_report_from_pb(message: verifier_pb2.StepReport) -> StepReport:
+    """Convert a step's measures."""
+    return StepReport(message.duration_s, message.rows, message.tokens)
+
+
+def checked_hello(
+    first: verifier_pb2.VerifyRequest | drafter_pb2.ProposeRequest | None,
+) -> types_pb2.Hello:
+    """Refuse a caller that says nothing, or speaks another version. Raises `Mismatch`."""
+    if first is None or not first.HasField("hello"):
+        raise Mismatch("hello: the first message on the stream must carry it")
+    if first.hello.protocol_version != PROTOCOL_VERSION:
+        raise Mismatch(
+            f"hello.protocol_version: the caller speaks {first.hello.protocol_version}, this "
+            f"worker {PROTOCOL_VERSION}; run the same release of both"
+        )
+    return first.hello
+
+
+# --- opening ----------------------------------------------------------------------------------
+
+
+def session_to_pb(spec: SessionSpec) -> verifier_pb2.OpenSession:
+    """Convert a session to open on a verifier."""
+    return verifier_pb2.OpenSession(
+        session=spec.session,
+        epoch=spec.epoch,
+        prompt=spec.prompt,
+        committed=spec.committed,
+        sampling=sampling_to_pb(spec.sampling),
+        seed=spec.seed,
+        tokens_max=spec.tokens_max,
+        stop_ids=sorted(spec.stop_ids),
+        ignore_eos=spec.ignore_eos,
+    )
+
+
+def session_from_pb(message: verifier_pb2.OpenSession) -> SessionSpec:
+    """Convert back; raises `InvalidRequest`."""
+    return SessionSpec(
+        session=message.session,
+        epoch=message.epoch,
+        prompt=_some(message.prompt, "prompt"),
+        committed=tuple(message.committed),
+        sampling=sampling_from_pb(message.sampling),
+        seed=message.seed,
+        tokens_max=message.tokens_max,
+        stop_ids=frozenset(message.stop_ids),
+        ignore_eos=message.ignore_eos,
+    )
+
+
+def bind_to_pb(spec: BindSpec) -> drafter_pb2.BindSession:
+    """Convert a session to mirror on a drafter."""
+    return drafter_pb2.BindSession(
+        session=spec.session,
+        epoch=spec.epoch,
+        binding=spec.binding,
+        prompt=spec.prompt,
+        committed=spec.committed,
+        sampling=sampling_to_pb(spec.sampling),
+        seed=spec.seed,
+        tokenizer_fingerprint=spec.tokenizer_fingerprint,
+        vocabulary_size=spec.vocabulary_size,
+        budget=budget_to_pb(spec.budget),
+    )
+
+
+def bind_from_pb(message: drafter_pb2.BindSession) -> BindSpec:
+    """Convert back; raises `InvalidRequest`."""
+    return BindSpec(
+        session=message.session,
+        epoch=message.epoch,
+        binding=message.binding,
+        prompt=_some(message.prompt, "prompt"),
+        committed=tuple(message.committed),
+        sampling=sampling_from_pb(message.sampling),
+        seed=message.seed,
+        tokenizer_fingerprint=message.tokenizer_fingerprint,
+        vocabulary_size=message.vocabulary_size,
+        budget=budget_from_pb(message.budget),
+    )
+
+
+def budget_to_pb(budget: DraftBudget) -> drafter_pb2.DraftBudget:
+    """Convert a budget."""
+    return drafter_pb2.DraftBudget(
+        nodes_max=budget.nodes_max,
+        depth_max=budget.depth_max,
+        flush_interval_s=budget.flush_interval_s,
+    )
+
+
+def budget_from_pb(message: drafter_pb2.DraftBudget) -> DraftBudget:
+    """Convert back; raises `InvalidRequest`."""
+    if not 0.0 <= message.flush_interval_s <= 60.0:
+        raise InvalidRequest(
+            "budget.flush_interval_s",
+            f"must lie between 0 and 60 seconds, got {message.flush_interval_s}",
+        )
+    return DraftBudget(message.nodes_max, message.depth_max, message.flush_interval_s)
+
+
+def _some(ids: Iterable[int], field: str) -> tuple[int, ...]:
+    tokens = tuple(ids)
+    if not tokens:
+        raise InvalidRequest(field, "must hold at least one token id")
+    return tokens

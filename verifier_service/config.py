@@ -1,0 +1,48 @@
+"""Settings of the verifier; read once by `__main__`, frozen, passed down."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+
+@dataclass(frozen=True, slots=True)
+class EngineConfig:
+    """Budgets of the engine."""
+
+    sessions_max: int = 64
+    """Sessions admitted at once; more are refused, never queued without bound."""
+    kv_tokens_max: int = 65_536
+    """Tokens of KV that admitted sessions may need together, prompt and output."""
+    step_nodes_max: int = 32
+    """Draft nodes verified in one step, over all sessions."""
+    prefill_tokens_max: int = 256
+    """Prompt tokens computed beside decoding rows in one step: what bounds a stall."""
+    tree_nodes_max: int = 256
+    """Live draft nodes kept for a session."""
+    tree_depth_max: int = 64
+    """Deepest live draft node below the tip."""
+    drafts_queued_max: int = 4_096
+    """Draft messages that may wait for the next step; later ones are dropped."""
+    step_delay_s: float = 0.0
+    """Added to each step: gives a tiny model the step time of a large one, for tests."""
+    warm_up: bool = True
+    """Measure step times before taking sessions."""
+
+
+@dataclass(frozen=True, slots=True)
+class VerifierConfig:
+    """Everything a verifier process needs to know."""
+
+    model: str
+    dtype: str
+    device: str
+    threads: int
+    host: str
+    port: int
+    advertise: str | None
+    redis_url: str | None
+    worker_id: str
+    cache_dir: Path
+    drain_s: float
+    engine: EngineConfig
