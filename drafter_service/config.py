@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from outrider.domain import Device, Dtype
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class GrowingConfig:
     """Bounds of the growing thread."""
 
@@ -19,15 +21,15 @@ class GrowingConfig:
     """Added to each step: makes a slow drafter, for tests and trials."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DrafterConfig:
     """Everything a drafter process needs to know."""
 
     proposer: str
     """"lookup" or "language-model"."""
     model: str | None
-    dtype: str
-    device: str
+    dtype: Dtype
+    device: Device
     threads: int
     leaves_max: int
     host: str

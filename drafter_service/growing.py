@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from drafter_service.config import GrowingConfig
@@ -97,8 +97,7 @@ class Grower:
         except Exception:
             _log.exception("a growing step failed; its %d sessions are dropped", len(mirrors))
             for mirror in mirrors:
-                self._reject(mirror.connection, mirror.spec, "the proposer failed")
-                self._close(mirror)
+                self._reject(mirror)
             return False
         self.steps += busy
         if busy and self._config.step_delay_s:
@@ -158,8 +157,12 @@ class Grower:
             self._to(connection).rejections.append(fault)
             return
         mirror = Mirror(connection, replace(spec, budget=self._bounded(spec.budget)))
-        self._proposer.open(mirror)
         self._mirrors[mirror.key] = mirror
+        try:
+            self._proposer.open(mirror)
+        except Exception:
+            self._give_up(mirror)
+            return
         self._to(connection).bound.append((spec.session, spec.binding))
 
     def _bind_fault(self, spec: BindSpec) -> Rejection | None:
@@ -174,16 +177,9 @@ class Grower:
             )
         if self._draining:
             return _rejection(spec, RejectionCode.DRAINING, "the drafter is draining")
-        wrong = next(
-            (t for t in (*spec.prompt, *spec.committed) if not 0 <= t < spec.vocabulary_size), None
-        )
+        wrong = self._wrong_id(spec, (*spec.prompt, *spec.committed))
         if wrong is not None:
-            return _rejection(
-                spec,
-                RejectionCode.INVALID,
-                f"id {wrong} is outside the vocabulary of {spec.vocabulary_size}",
-                "prompt",
-            )
+            return _rejection(spec, RejectionCode.INVALID, wrong, "prompt")
         if len(self._mirrors) >= self._config.sessions_max:
             return _rejection(
                 spec,
@@ -191,6 +187,14 @@ class Grower:
                 f"the drafter has its {self._config.sessions_max} sessions",
             )
         return None
+
+    def _wrong_id(self, spec: BindSpec, tokens: Sequence[int]) -> str | None:
+        """Name an id that target or proposer does not know: it would break everybody's step."""
+        size = spec.vocabulary_size
+        if self._proposer.info.vocabulary_size:
+            size = min(size, self._proposer.info.vocabulary_size)
+        wrong = next((token for token in tokens if not 0 <= token < size), None)
+        return None if wrong is None else f"id {wrong} is outside the vocabulary of {size}"
 
     def _bounded(self, budget: DraftBudget) -> DraftBudget:
         return replace(
@@ -202,6 +206,12 @@ class Grower:
     def _follow(self, mirror: Mirror, commit: Commit) -> None:
         if commit.epoch != mirror.spec.epoch:
             return
+        wrong = self._wrong_id(mirror.spec, commit.tokens)
+        if wrong is not None:
+            fault = _rejection(mirror.spec, RejectionCode.INVALID, wrong, "tokens")
+            self._to(mirror.connection).rejections.append(fault)
+            self._close(mirror)
+            return
         try:
             news = mirror.apply(commit)
         except GapError:
@@ -209,7 +219,11 @@ class Grower:
             return
         if news is not None:
             tokens, advance = news
-            self._proposer.advanced(mirror, tokens, advance)
+            try:
+                self._proposer.advanced(mirror, tokens, advance)
+            except Exception:
+                self._give_up(mirror)
+                return
         if commit.last:
             self._close(mirror)
 
@@ -223,12 +237,22 @@ class Grower:
             Resync(spec.session, spec.epoch, length, spec.binding)
         )
 
-    def _reject(self, connection: int, spec: BindSpec, message: str) -> None:
-        self._to(connection).rejections.append(_rejection(spec, RejectionCode.INTERNAL, message))
+    def _give_up(self, mirror: Mirror) -> None:
+        """Within an except block: end the one session that the proposer failed for."""
+        _log.exception("the proposer failed; session %d is dropped", mirror.spec.session)
+        self._reject(mirror)
+
+    def _reject(self, mirror: Mirror) -> None:
+        fault = _rejection(mirror.spec, RejectionCode.INTERNAL, "the proposer failed")
+        self._to(mirror.connection).rejections.append(fault)
+        self._close(mirror)
 
     def _close(self, mirror: Mirror) -> None:
-        self._proposer.close(mirror)
         del self._mirrors[mirror.key]
+        try:
+            self._proposer.close(mirror)
+        except Exception:
+            _log.exception("session %d could not be closed", mirror.spec.session)
 
 
 def _rejection(spec: BindSpec, code: RejectionCode, message: str, field: str = "") -> Rejection:

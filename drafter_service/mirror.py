@@ -31,7 +31,7 @@ class Mirror:
             depth_max=spec.budget.depth_max,
         )
         self.fresh: list[Node] = []
-        """Nodes that were attached, or made more probable, since the last flush."""
+        """Nodes that were attached since the last flush."""
         self.flushed_s = -math.inf
         """When the last draft left, on the growing thread's clock."""
         self.resync_length: int | None = None

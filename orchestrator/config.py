@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from outrider.domain import DraftBudget
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class DriverConfig:
     """Bounds and times of session handling."""
 
@@ -26,7 +26,7 @@ class DriverConfig:
     stop_ids_max: int = 256
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class OrchestratorConfig:
     """Everything an orchestrator process needs to know."""
 

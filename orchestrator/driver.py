@@ -355,14 +355,15 @@ class Driver:
         self, session: Session, command: OpenOnVerifier | AbortOnVerifier | AskRepeat
     ) -> None:
         number = session.spec.session
-        verifier = self._fleet.verifiers.get(session.verifier or "")
+        address = command.address if isinstance(command, AbortOnVerifier) else session.verifier
+        verifier = self._fleet.verifiers.get(address or "")
         if verifier is None:
             return
         match command:
             case OpenOnVerifier(spec):
                 verifier.sessions.add(number)
                 verifier.open(spec)
-            case AbortOnVerifier(epoch):
+            case AbortOnVerifier(_, epoch):
                 verifier.sessions.discard(number)
                 verifier.abort(number, epoch)
             case AskRepeat(epoch, have_length):

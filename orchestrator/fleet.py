@@ -66,7 +66,10 @@ class Fleet:
 
     async def close(self) -> None:
         """End all streams."""
-        links = [*self.verifiers.values(), *self.drafters.values()]
+        links: list[VerifierLink | DrafterLink] = [
+            *self.verifiers.values(),
+            *self.drafters.values(),
+        ]
         await asyncio.gather(*(link.close() for link in links), *self._closing)
 
     def update(self, *, verifiers: Iterable[str], drafters: Iterable[str]) -> None:

@@ -136,8 +136,9 @@ class OpenOnVerifier:
 
 @dataclass(frozen=True, slots=True)
 class AbortOnVerifier:
-    """Free the session on its verifier."""
+    """Free the session on a verifier, which is no longer the session's when this is read."""
 
+    address: str
     epoch: int
 
 

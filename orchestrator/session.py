@@ -84,8 +84,10 @@ class Text(Protocol):
 class State(enum.Enum):
     """Where a session stands."""
 
+    PLACING = "placing"
+    """A verifier is being looked for; no worker has the session."""
     OPENING = "opening"
-    """A verifier was asked, or is being looked for; nothing is owed yet."""
+    """A verifier was asked; it owes nothing yet."""
     DECODING = "decoding"
     """A verifier has it and owes commits."""
     ENDED = "ended"
@@ -100,7 +102,7 @@ class Session:
     """Epoch and committed tokens are those of the last opening."""
     text: Text
     drafters_wanted: int
-    state: State = State.OPENING
+    state: State = State.PLACING
     verifier: str | None = None
     output: list[int] = field(default_factory=list)
     """Committed tokens after the prompt."""
@@ -111,6 +113,8 @@ class Session:
     """Drafters that refused the session."""
     tried: list[str] = field(default_factory=list)
     """Verifiers that refused, failed or were lost, in order."""
+    setback: OutriderError | None = None
+    """Why the latest of them did not work out."""
     repeat_asked_at: int | None = None
     """Length for which a repeat is outstanding."""
     counters: SpeculationCounters = field(default_factory=SpeculationCounters)
@@ -140,13 +144,13 @@ class Session:
 
     def _on_placed(self, event: Placed) -> list[Command]:
         self.verifier = event.address
+        self.state = State.OPENING
         self.spec = replace(self.spec, epoch=self.epoch + 1, committed=tuple(self.output))
         commands: list[Command] = [OpenOnVerifier(self.spec)]
         return [*commands, *self._attach()]
 
     def _on_not_placed(self, event: NotPlaced) -> list[Command]:
-        error = Exhausted(event.reason) if self.tried else Unavailable(event.reason)
-        return self._end(Fail(error))
+        return self._end(Fail(self.setback or Unavailable(event.reason)))
 
     def _on_opened(self, event: Opened) -> list[Command]:
         if event.epoch == self.epoch:
@@ -173,17 +177,18 @@ class Session:
     def _on_verifier_lost(self, event: VerifierLost) -> list[Command]:
         return self._place_again(Unavailable(f"the verifier was lost: {event.reason}"))
 
-    def _place_again(self, otherwise: OutriderError) -> list[Command]:
+    def _place_again(self, setback: OutriderError) -> list[Command]:
         """Move to another verifier; prompt and committed tokens are all it needs."""
-        if self.verifier is not None:
-            self.tried.append(self.verifier)
-        commands: list[Command] = [AbortOnVerifier(self.epoch), *self._unbind_all()]
+        assert self.verifier is not None, "one was asked in every state that leads here"
+        self.tried.append(self.verifier)
+        self.setback = setback
         if len(self.tried) >= PLACEMENTS_MAX:
-            return [*commands, *self._end(Fail(otherwise), abort=False)]
+            return self._end(Fail(setback))
+        commands: list[Command] = [AbortOnVerifier(self.verifier, self.epoch), *self._unbind_all()]
         self.counters_before = self.counters
         self.verifier = None
         self.repeat_asked_at = None
-        self.state = State.OPENING
+        self.state = State.PLACING
         return [*commands, PlaceVerifier(frozenset(self.tried))]
 
     def _on_committed(self, event: Committed) -> list[Command]:
@@ -199,8 +204,12 @@ class Session:
         self.repeat_asked_at = None
         self.counters = self.counters_before.plus(event.report.counters)
         fresh = replace(commit, base_length=self.length, tokens=tokens)
-        sources = event.report.sources[known:] or (TARGET_SOURCE,) * len(tokens)
-        return self._deliver(fresh, sources, event.report.finish_reason, verbatim=known == 0)
+        sources = event.report.sources
+        if len(sources) != len(commit.tokens):  # a repeat, which has forgotten them
+            sources = (TARGET_SOURCE,) * len(commit.tokens)
+        return self._deliver(
+            fresh, sources[known:], event.report.finish_reason, verbatim=known == 0
+        )
 
     def _agrees(self, commit: Commit, known: int) -> bool:
         """Check a repeated stretch against what was delivered: text must never fork."""
@@ -292,30 +301,31 @@ class Session:
         self.state = State.ENDED
         commands: list[Command] = []
         if abort and self.verifier is not None:
-            commands.append(AbortOnVerifier(self.epoch))
+            commands.append(AbortOnVerifier(self.verifier, self.epoch))
         commands += self._unbind_all()
         if last_word is not None:
             commands.append(last_word)
         return [*commands, Forget()]
 
 
-_OPENING, _DECODING, _ENDED = State.OPENING, State.DECODING, State.ENDED
+_PLACING, _OPENING, _DECODING, _ENDED = State
 
 # (state, event) -> handler; the comment names the state that follows.
 TRANSITIONS: dict[tuple[State, type], Callable[[Session, Any], list[Command]]] = {
-    (_OPENING, Placed): Session._on_placed,  # OPENING, one epoch higher
-    (_OPENING, NotPlaced): Session._on_not_placed,  # ENDED
+    (_PLACING, Placed): Session._on_placed,  # OPENING, one epoch higher
+    (_PLACING, NotPlaced): Session._on_not_placed,  # ENDED
+    (_PLACING, ClientGone): Session._on_client_gone,  # ENDED
     (_OPENING, Opened): Session._on_opened,  # DECODING
-    (_OPENING, Refused): Session._on_refused,  # OPENING elsewhere, or ENDED
-    (_OPENING, VerifierLost): Session._on_verifier_lost,  # OPENING elsewhere, or ENDED
+    (_OPENING, Refused): Session._on_refused,  # PLACING, or ENDED
+    (_OPENING, VerifierLost): Session._on_verifier_lost,  # PLACING, or ENDED
     (_OPENING, DrafterAttached): Session._on_drafter_attached,  # OPENING
     (_OPENING, DrafterGone): Session._on_drafter_gone,  # OPENING
     (_OPENING, DrafterAvailable): Session._on_drafter_available,  # OPENING
     (_OPENING, DrafterGap): Session._on_drafter_gap,  # OPENING
     (_OPENING, ClientGone): Session._on_client_gone,  # ENDED
     (_DECODING, Committed): Session._on_committed,  # DECODING, or ENDED at the last one
-    (_DECODING, Refused): Session._on_refused,  # OPENING elsewhere, or ENDED
-    (_DECODING, VerifierLost): Session._on_verifier_lost,  # OPENING elsewhere, or ENDED
+    (_DECODING, Refused): Session._on_refused,  # PLACING, or ENDED
+    (_DECODING, VerifierLost): Session._on_verifier_lost,  # PLACING, or ENDED
     (_DECODING, Silence): Session._on_silence,  # DECODING
     (_DECODING, DrafterAttached): Session._on_drafter_attached,  # DECODING
     (_DECODING, DrafterGone): Session._on_drafter_gone,  # DECODING
@@ -325,6 +335,17 @@ TRANSITIONS: dict[tuple[State, type], Callable[[Session, Any], list[Command]]] =
 }
 
 IGNORED: dict[tuple[State, type], str] = {
+    (_PLACING, Opened): "of an older epoch: the session has moved",
+    (_PLACING, Refused): "of an older epoch: the session has moved",
+    (_PLACING, Committed): "of an older epoch: the session has moved",
+    (_PLACING, VerifierLost): "it has been given up already",
+    (_PLACING, Silence): "nobody owes anything",
+    (_PLACING, DrafterAttached): "the attachment would not outlive the epoch, so it is not made",
+    (_PLACING, DrafterGone): "none is attached",
+    (_PLACING, DrafterAvailable): "drafters are attached once a verifier is placed",
+    (_PLACING, DrafterGap): "none is attached",
+    (_OPENING, Placed): "a verifier has been asked already",
+    (_OPENING, NotPlaced): "a verifier has been asked already",
     (_OPENING, Committed): "of an older epoch: the session has moved",
     (_OPENING, Silence): "the verifier owes no commit yet; its stream breaks if it is gone",
     (_DECODING, Placed): "a verifier has the session already",

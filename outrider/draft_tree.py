@@ -58,6 +58,7 @@ class Merge:
     off_path: int = 0
     """Ruled out by tokens committed since the draft's base."""
     too_deep: int = 0
+    """Beyond `depth_max`, or below a node that is."""
     evicted: int = 0
     """Nodes, of this draft or older, that had to go to keep the tree within its bound."""
 
@@ -165,12 +166,13 @@ class DraftTree:
         `since` are the tokens committed after the draft's base: nodes are walked along them, and
         what lies below their end is grafted. Idempotent for repeated drafts.
         """
-        grafted = duplicates = decided = off_path = too_deep = 0
+        grafted = duplicates = decided = off_path = 0
+        too_deep: set[int] = set()
         # Where each node of the message lies: an int counts matched tokens of `since`.
         places: list[Node | int | None] = []
         base: Node | int = 0 if since else self.root
-        for token, parent, logprob in zip(
-            draft.tokens, draft.parents, draft.accept_logprobs, strict=True
+        for index, (token, parent, logprob) in enumerate(
+            zip(draft.tokens, draft.parents, draft.accept_logprobs, strict=True)
         ):
             at = base if parent < 0 else places[parent]
             place: Node | int | None = None
@@ -180,19 +182,21 @@ class DraftTree:
                     decided += 1
                 else:
                     off_path += 1
+            elif at is None and parent in too_deep:
+                too_deep.add(index)
             elif at is None:
                 off_path += 1
             else:
                 known = token in at.children
                 place = self.add(at, token, logprob, source)
                 if place is None:
-                    too_deep += 1
+                    too_deep.add(index)
                 elif known:
                     duplicates += 1
                 else:
                     grafted += 1
             places.append(place)
-        return Merge(grafted, duplicates, decided, off_path, too_deep, self.shrink())
+        return Merge(grafted, duplicates, decided, off_path, len(too_deep), self.shrink())
 
     def advance(self, tokens: Sequence[int]) -> Advance:
         """Re-root along committed tokens; the subtree below them lives on."""

@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+from outrider.domain import Device, Dtype
 
-@dataclass(frozen=True, slots=True)
+
+@dataclass(frozen=True)
 class EngineConfig:
     """Budgets of the engine."""
 
@@ -30,13 +32,13 @@ class EngineConfig:
     """Measure step times before taking sessions."""
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class VerifierConfig:
     """Everything a verifier process needs to know."""
 
     model: str
-    dtype: str
-    device: str
+    dtype: Dtype
+    device: Device
     threads: int
     host: str
     port: int

@@ -13,13 +13,16 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 
 from drafter_service.mirror import Mirror
 from outrider.domain import ModelInfo
 from outrider.draft_tree import Advance, Node
 from outrider.model.kv_cache import SessionCache
 from outrider.model.language_model import LanguageModel, Row
-from outrider.model.sampling import rank_candidates
+from outrider.model.loading import Device, Dtype, load_language_model
+from outrider.model.sampling import ACCEPT_LOGPROB_FLOOR, rank_candidates
+from outrider.model.threads import set_threads
 
 
 @dataclass(slots=True)
@@ -108,7 +111,8 @@ class LanguageModelProposer:
                 nodes, tokens.tolist(), logprobs.tolist(), strict=True
             ):
                 for token, logprob in zip(row_tokens, row_logprobs, strict=True):
-                    mirror.attach(node, token, logprob)
+                    if logprob > ACCEPT_LOGPROB_FLOOR:  # else the filters leave no more tokens
+                        mirror.attach(node, token, logprob)
         return True
 
     def _plan(self, mirrors: Sequence[Mirror]) -> tuple[list[Row], list[tuple[Mirror, list[Node]]]]:
@@ -138,11 +142,11 @@ class LanguageModelProposer:
     def _leaves(self, mirror: Mirror, state: _State) -> list[_Leaf]:
         """The session's best unexpanded nodes."""
         found: list[_Leaf] = []
-        if mirror.room <= 0:
-            return found
+        # Each must get a child at least: one that is expanded without stays barren for good.
+        count_max = min(self._leaves_max, math.ceil(mirror.room / self._width))
         deepest = mirror.tree.root.position + mirror.budget.depth_max
         for path_logprob, node in mirror.tree.ranked():
-            if path_logprob < self._path_logprob_min or len(found) == self._leaves_max:
+            if path_logprob < self._path_logprob_min or len(found) >= count_max:
                 break
             if node not in state.slot_of and node.position < min(
                 deepest, self._model.length_max - 1
@@ -161,6 +165,25 @@ class LanguageModelProposer:
             state.slot_of[node] = slot
             slot += 1
         return Row(state.cache, [n.token for n in nodes], parents, range(len(nodes)))
+
+
+def load_language_model_proposer(
+    spec: str, *, dtype: Dtype, device: Device, cache_dir: Path, threads: int, leaves_max: int
+) -> LanguageModelProposer:
+    """Load a draft model. Raises `ModelLoadError`."""
+    set_threads(threads)
+    model = load_language_model(spec, dtype=dtype, device=device, cache_dir=cache_dir)
+    info = ModelInfo(
+        model=model.name,
+        model_fingerprint=model.model_fingerprint,
+        tokenizer_fingerprint=model.tokenizer_fingerprint,
+        vocabulary_size=model.vocabulary_size,
+        length_max=model.length_max,
+        dtype=model.dtype,
+        eos_ids=tuple(model.eos_ids),
+        proposer="language-model",
+    )
+    return LanguageModelProposer(model, info, leaves_max=leaves_max)
 
 
 def _by_mirror(leaves: Sequence[_Leaf]) -> list[tuple[Mirror, list[Node]]]:

@@ -48,11 +48,10 @@ class RowAttention:
 
 
 class PassAttention:
-    """All rows of a pass. `size` counts tokens, padding after the last row included."""
+    """All rows of a pass, end to end; at least one."""
 
-    def __init__(self, rows: Sequence[RowAttention], size: int) -> None:
+    def __init__(self, rows: Sequence[RowAttention]) -> None:
         self.rows = rows
-        self.size = size
 
     def attend(
         self,
@@ -65,12 +64,11 @@ class PassAttention:
         """Store the new keys and values of a layer and attend.
 
         query [1, heads, N, head_dim], key and value [1, kv_heads, N, head_dim]. Returns
-        [1, N, heads, head_dim]; the output of padding is zero.
+        [1, N, heads, head_dim].
         """
         heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
         group = heads // kv_heads
-        # From zeros, since padding must stay finite all the way through the network.
-        out = query.new_zeros((self.size, kv_heads, group, head_dim))
+        out = query.new_empty((query.shape[2], kv_heads, group, head_dim))
         for row in self.rows:
             begin, end = row.begin, row.end
             row.new_keys[layer].copy_(key[:, :, begin:end])
@@ -83,7 +81,7 @@ class PassAttention:
             )
             unfolded = attended.view(kv_heads, group, end - begin, head_dim)
             out[begin:end] = unfolded.permute(2, 0, 1, 3)
-        return out.view(1, self.size, heads, head_dim)
+        return out.view(1, -1, heads, head_dim)
 
     def check_call(self, module: torch.nn.Module, arguments: dict[str, Any]) -> None:
         """Look at how a layer calls attention. Only `ProbeAttention` does."""
@@ -95,8 +93,8 @@ class ProbeAttention(PassAttention):
     Raises ModelLoadError out of the model's forward pass. `calls` counts the calls per layer.
     """
 
-    def __init__(self, rows: Sequence[RowAttention], size: int, length_max: int) -> None:
-        super().__init__(rows, size)
+    def __init__(self, rows: Sequence[RowAttention], length_max: int) -> None:
+        super().__init__(rows)
         self.length_max = length_max
         self.calls: dict[int, int] = {}
 

@@ -26,11 +26,12 @@ _CONFIG_KEYS_IGNORED = frozenset(
 
 
 def model_fingerprint(
-    config: dict[str, Any], weights: str, dtype: torch.dtype, device: torch.device
+    config: dict[str, Any], weights: str, dtype: torch.dtype, kernels: str
 ) -> str:
     """Return the SHA-256 (hex) over everything that decides a model's output and KV.
 
-    `weights` is the digest of the weights. Quantization and parallelism are constants as long
+    `weights` is the digest of the weights, `kernels` names the kind of code that multiplies and
+    attends: other code rounds otherwise. Quantization and parallelism are constants as long
     as there is one of each.
     """
     identity = {
@@ -40,7 +41,7 @@ def model_fingerprint(
         "quantization": "none",
         "parallelism": 1,
         "kv_layout": KV_LAYOUT,
-        "kernels": f"{device.type}-sdpa",
+        "kernels": kernels,
         "rule_version": RULE_VERSION,
     }
     canonical = json.dumps(identity, sort_keys=True, default=str)

@@ -109,7 +109,7 @@ class TransformersModel:
         self.module: Any = module.eval().requires_grad_(False)
         self._identity = identity
         config: Any = module.config.get_text_config(decoder=True)
-        self.vocabulary_size: int = module.get_output_embeddings().weight.shape[0]
+        self.vocabulary_size: int = module.get_output_embeddings().out_features
         self.length_max: int = config.max_position_embeddings
         self.device: torch.device = module.device
         self.layout = _kv_layout(config, module)
@@ -161,8 +161,7 @@ class TransformersModel:
             return torch.empty((0, self.vocabulary_size), device=self.device)
         with torch.inference_mode():
             placed = _place(rows, extensions, self._group)
-            size = self._padded_size(placed[-1].end)
-            logits = self._run(rows, extensions, attention.PassAttention(placed, size))
+            logits = self._run(rows, extensions, attention.PassAttention(placed))
         # Last, so that a pass that failed has not changed what the caches claim to hold.
         for row, extension in zip(rows, extensions, strict=True):
             row.cache.apply(extension)
@@ -176,7 +175,7 @@ class TransformersModel:
         extensions = self._plan(rows)
         with torch.inference_mode():
             placed = _place(rows, extensions, self._group)
-            probe = attention.ProbeAttention(placed, 2, self.length_max)
+            probe = attention.ProbeAttention(placed, self.length_max)
             self._run(rows, extensions, probe)
         layers = self.layout.layers
         if probe.calls != dict.fromkeys(range(layers), 1):
@@ -215,9 +214,8 @@ class TransformersModel:
         batch: attention.PassAttention,
     ) -> torch.Tensor:
         """Run the modules over the flattened rows; returns the wanted logits in float32."""
-        padding = [0] * (batch.size - batch.rows[-1].end)
-        tokens = [token for row in rows for token in row.tokens] + padding
-        positions = [int(at) for plan in extensions for at in plan.positions] + padding
+        tokens = [token for row in rows for token in row.tokens]
+        positions = [at for plan in extensions for at in plan.positions.tolist()]
         wanted = [
             placed.begin + index
             for row, placed in zip(rows, batch.rows, strict=True)
@@ -233,9 +231,6 @@ class TransformersModel:
         )
         logits: torch.Tensor = output.logits[0]
         return logits.float()
-
-    def _padded_size(self, size: int) -> int:
-        return size
 
 
 def _place(

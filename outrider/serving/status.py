@@ -73,7 +73,8 @@ async def status_of_errors(
 
 def error_of_status(error: grpc.aio.AioRpcError | grpc.RpcError) -> OutriderError:
     """Turn a failed call back into one of our errors, for clients."""
-    if not isinstance(error, grpc.Call):
+    # A failed call of grpc.aio is no `grpc.Call`, although it answers the same questions.
+    if not isinstance(error, (grpc.aio.AioRpcError, grpc.Call)):
         return InternalError(str(error))
     message = error.details() or "no details"
     metadata = {key: value for key, value in error.trailing_metadata() or ()}

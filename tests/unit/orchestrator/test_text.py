@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import itertools
 import json
 from collections.abc import Iterator, Sequence
 from datetime import datetime
@@ -70,7 +71,7 @@ def decode_in_groups(
     """Push `ids`, cut at `cuts`; return text, tokens kept, whether it stopped, and the pieces."""
     stream = TextStream(codec, stops)
     edges = [0, *sorted(min(cut, len(ids)) for cut in cuts), len(ids)]
-    pieces = [stream.push(ids[a:b]) for a, b in zip(edges, edges[1:], strict=False)]
+    pieces = [stream.push(ids[a:b]) for a, b in itertools.pairwise(edges)]
     pieces.append(stream.finish())
     kept = sum(piece.tokens_kept for piece in pieces)
     return "".join(piece.text for piece in pieces), kept, pieces[-1].stopped, pieces
@@ -214,7 +215,7 @@ def test_a_decoder_of_unknown_steps_goes_through_a_window(tokenizer: Tokenizer) 
 def test_window_waits_for_whole_characters(content: bytes, cuts: list[int]) -> None:
     window = WindowDetokenizer(byte_tokenizer_cached())
     edges = [0, *sorted(min(cut, len(content)) for cut in cuts), len(content)]
-    text = "".join(window.push(content[a:b]) for a, b in zip(edges, edges[1:], strict=False))
+    text = "".join(window.push(content[a:b]) for a, b in itertools.pairwise(edges))
     assert text + window.finish() == content.decode()
 
 

@@ -1,0 +1,97 @@
+"""`python -m orchestrator`, and `outrider orchestrator`."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+from typing import Any
+
+import click
+
+from orchestrator.config import DriverConfig, OrchestratorConfig
+from outrider.domain import DraftBudget
+from outrider.errors import OutriderError
+from outrider.serving.logs import configure_logging
+from outrider.serving.options import address_options, logging_options
+
+_BUDGET = DraftBudget()
+
+
+@click.command("orchestrator", context_settings={"auto_envvar_prefix": "OUTRIDER_ORCHESTRATOR"})
+@click.option("--verifier", "verifiers", multiple=True, help="Static host:port; repeatable.")
+@click.option("--drafter", "drafters", multiple=True, help="Static host:port; repeatable.")
+@address_options
+@click.option("--name", help="Shown in the workers' logs.  [default: random]")
+@click.option(
+    "--sessions-max",
+    type=click.IntRange(min=1),
+    default=DriverConfig.sessions_max,
+    show_default=True,
+    help="Generations at once; more are refused.",
+)
+@click.option(
+    "--drafters-per-session",
+    type=click.IntRange(min=0),
+    default=DriverConfig.drafters_per_session,
+    show_default=True,
+)
+@click.option(
+    "--draft-nodes-max",
+    type=click.IntRange(min=1),
+    default=_BUDGET.nodes_max,
+    show_default=True,
+    help="Live guesses of one drafter for one session.",
+)
+@click.option(
+    "--draft-depth-max",
+    type=click.IntRange(min=1),
+    default=_BUDGET.depth_max,
+    show_default=True,
+    help="How far drafters run ahead, in tokens.",
+)
+@click.option(
+    "--verifier-timeout",
+    "verifier_timeout_s",
+    type=click.FloatRange(min=0.1),
+    default=DriverConfig.verifier_timeout_s,
+    show_default=True,
+    help="Seconds without progress after which a verifier counts as lost.",
+)
+@logging_options
+def command(
+    log_level: str,
+    log_format: Any,
+    name: str | None,
+    sessions_max: int,
+    drafters_per_session: int,
+    draft_nodes_max: int,
+    draft_depth_max: int,
+    verifier_timeout_s: float,
+    **options: Any,
+) -> None:
+    """Run an orchestrator: the front door; finds workers in Redis and by static addresses."""
+    configure_logging("orchestrator", level=log_level, fmt=log_format)
+    config = OrchestratorConfig(
+        name=name or f"orchestrator-{secrets.token_hex(4)}",
+        driver=DriverConfig(
+            sessions_max=sessions_max,
+            drafters_per_session=drafters_per_session,
+            budget=DraftBudget(nodes_max=draft_nodes_max, depth_max=draft_depth_max),
+            verifier_timeout_s=verifier_timeout_s,
+        ),
+        **options,
+    )
+    if not (config.redis_url or config.verifiers):
+        raise click.UsageError("give --redis (or REDIS_URL), or at least one --verifier")
+    from orchestrator.app import serve
+
+    try:
+        asyncio.run(serve(config))
+    except OutriderError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    command()

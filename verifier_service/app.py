@@ -1,0 +1,92 @@
+"""Puts a verifier process together: model, engine, edge, server, registry."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+
+from outrider.domain import ModelInfo
+from outrider.model.language_model import LanguageModel
+from outrider.model.loading import load_language_model
+from outrider.model.threads import set_threads
+from outrider.registry import WorkerRecord, published
+from outrider.serving.server import Server
+from outrider.serving.worker_main import serve_until_stopped
+from outrider.v1 import verifier_pb2_grpc, worker_pb2_grpc
+from verifier_service.config import VerifierConfig
+from verifier_service.engine import Engine
+from verifier_service.service import SERVICE_NAMES, VerifierService
+
+_log = logging.getLogger(__name__)
+
+
+async def serve(config: VerifierConfig) -> None:
+    """Run until asked to stop. Raises `ModelLoadError` or `ConfigError` at start."""
+    set_threads(config.threads)
+    model = load_language_model(
+        config.model, dtype=config.dtype, device=config.device, cache_dir=config.cache_dir
+    )
+    info = _info(model)
+    _log.info(
+        "model %s, %s on %s, fingerprint %s",
+        info.model,
+        info.dtype,
+        model.device,
+        info.model_fingerprint[:12],
+    )
+    incarnation = secrets.token_hex(16)
+    service = VerifierService(
+        info,
+        model.tokenizer_files,
+        incarnation=incarnation,
+        sessions_max=config.engine.sessions_max,
+    )
+    engine = Engine(model, config.engine, service.emit)
+    service.attach(engine)
+    if config.engine.warm_up:
+        await asyncio.to_thread(engine.warm_up, _report_warm_up)
+    engine.start()
+    server = Server(SERVICE_NAMES, host=config.host, port=config.port)
+    verifier_pb2_grpc.add_VerifierServiceServicer_to_server(service, server.grpc)
+    worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server.grpc)
+
+    def record(address: str) -> WorkerRecord:
+        return WorkerRecord(
+            role="verifier",
+            worker=config.worker_id,
+            incarnation=incarnation,
+            address=config.advertise or address,
+            model=info.model,
+            model_fingerprint=info.model_fingerprint,
+            capacity=config.engine.sessions_max,
+            load=engine.load,
+            state="ready",
+        )
+
+    try:
+        await serve_until_stopped(
+            server,
+            publish=lambda address: published(config.redis_url, lambda: record(address)),
+            drain=service.drain,
+            load=lambda: engine.load,
+            drain_s=config.drain_s,
+        )
+    finally:
+        engine.stop()
+
+
+def _report_warm_up(done: int, total: int) -> None:
+    _log.info("warm-up %d/%d", done, total)
+
+
+def _info(model: LanguageModel) -> ModelInfo:
+    return ModelInfo(
+        model=model.name,
+        model_fingerprint=model.model_fingerprint,
+        tokenizer_fingerprint=model.tokenizer_fingerprint,
+        vocabulary_size=model.vocabulary_size,
+        length_max=model.length_max,
+        dtype=model.dtype,
+        eos_ids=tuple(model.eos_ids),
+    )
