@@ -13,7 +13,6 @@ from drafter_service.service import SERVICE_NAMES, DrafterService
 from outrider.registry import WorkerRecord, published
 from outrider.serving.server import Server
 from outrider.serving.worker_main import serve_until_stopped
-from outrider.v1 import drafter_pb2_grpc, worker_pb2_grpc
 
 _log = logging.getLogger(__name__)
 
@@ -31,8 +30,7 @@ async def serve(config: DrafterConfig) -> None:
     service.attach(grower)
     grower.start()
     server = Server(SERVICE_NAMES, host=config.host, port=config.port)
-    drafter_pb2_grpc.add_DrafterServiceServicer_to_server(service, server.grpc)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server.grpc)
+    service.register(server)
 
     def record(address: str) -> WorkerRecord:
         return WorkerRecord(

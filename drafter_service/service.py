@@ -22,8 +22,9 @@ from outrider import wire
 from outrider.domain import ModelInfo, Rejection, RejectionCode
 from outrider.errors import InvalidRequest
 from outrider.serving.queues import Mailbox
+from outrider.serving.server import Server
 from outrider.serving.worker_edge import WorkerEdge
-from outrider.v1 import drafter_pb2, drafter_pb2_grpc, types_pb2
+from outrider.v1 import drafter_pb2, drafter_pb2_grpc, types_pb2, worker_pb2_grpc
 
 SERVICE_NAMES = ("outrider.v1.DrafterService", "outrider.v1.WorkerService")
 
@@ -55,6 +56,11 @@ class DrafterService(
     def _attached(self) -> Grower:
         assert self._grower is not None, "attach() comes before serving"
         return self._grower
+
+    def register(self, server: Server) -> None:
+        """Serve both services on `server`."""
+        drafter_pb2_grpc.add_DrafterServiceServicer_to_server(self, server.grpc)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, server.grpc)
 
     def _submit_disconnect(self, connection: int) -> None:
         self._attached.submit(Disconnect(connection))

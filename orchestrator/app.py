@@ -12,7 +12,6 @@ from orchestrator.fleet import Fleet
 from orchestrator.service import SERVICE_NAMES, GenerationService
 from outrider.registry import Registry, WorkerRecord, WorkerWatch
 from outrider.serving.server import Server, stop_requested
-from outrider.v1 import generation_pb2_grpc
 
 _STREAMS_GRACE_S = 0.5
 
@@ -24,9 +23,7 @@ async def serve(config: OrchestratorConfig) -> None:
     fleet = Fleet(config.name, verifiers=config.verifiers, drafters=config.drafters)
     driver = Driver(fleet, config.driver)
     server = Server(SERVICE_NAMES, host=config.host, port=config.port)
-    generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationService(driver, fleet, config.driver), server.grpc
-    )
+    GenerationService(driver, fleet, config.driver).register(server)
     driver.start()
     try:
         async with _discovery(config.redis_url, fleet):

@@ -17,6 +17,7 @@ from orchestrator.text import TextCodec
 from outrider import wire
 from outrider.domain import ModelInfo
 from outrider.errors import InvalidRequest, Unavailable, UnknownModel
+from outrider.serving.server import Server
 from outrider.serving.status import status_of_errors
 from outrider.v1 import generation_pb2, generation_pb2_grpc
 
@@ -32,6 +33,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         self._driver = driver
         self._fleet = fleet
         self._config = config
+
+    def register(self, server: Server) -> None:
+        """Serve on `server`."""
+        generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, server.grpc)
 
     async def Generate(
         self,

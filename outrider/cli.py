@@ -20,10 +20,9 @@ from rich.table import Table
 
 import outrider
 from outrider.client import Client, Completion, Delta, Finished, Request, Started
+from outrider.config import DEFAULT_ENDPOINT
 from outrider.errors import OutriderError
 from outrider.serving.options import apply, cache_option
-
-DEFAULT_ENDPOINT = "127.0.0.1:50050"
 
 F = TypeVar("F", bound=Callable[..., Any])
 

@@ -12,7 +12,6 @@ import math
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Literal
 
 from outrider.errors import InvalidRequest
 
@@ -24,11 +23,6 @@ TARGET_SOURCE = 0
 """Source number of the target itself; drafters of a session count from 1."""
 
 TEMPERATURE_MAX = 100.0
-
-Dtype = Literal["float32", "bfloat16", "float16"]
-"""Precision of weights and activations."""
-Device = Literal["auto", "cpu", "cuda"]
-"""Where a model runs; auto takes a GPU if there is one."""
 
 
 class FinishReason(enum.Enum):

@@ -6,14 +6,12 @@ import asyncio
 import logging
 import secrets
 
-from outrider.domain import ModelInfo
-from outrider.model.language_model import LanguageModel
+from outrider.model.info import model_info
 from outrider.model.loading import load_language_model
 from outrider.model.threads import set_threads
 from outrider.registry import WorkerRecord, published
 from outrider.serving.server import Server
 from outrider.serving.worker_main import serve_until_stopped
-from outrider.v1 import verifier_pb2_grpc, worker_pb2_grpc
 from verifier_service.config import VerifierConfig
 from verifier_service.engine import Engine
 from verifier_service.service import SERVICE_NAMES, VerifierService
@@ -27,7 +25,7 @@ async def serve(config: VerifierConfig) -> None:
     model = load_language_model(
         config.model, dtype=config.dtype, device=config.device, cache_dir=config.cache_dir
     )
-    info = _info(model)
+    info = model_info(model)
     _log.info(
         "model %s, %s on %s, fingerprint %s",
         info.model,
@@ -48,8 +46,7 @@ async def serve(config: VerifierConfig) -> None:
         await asyncio.to_thread(engine.warm_up, _report_warm_up)
     engine.start()
     server = Server(SERVICE_NAMES, host=config.host, port=config.port)
-    verifier_pb2_grpc.add_VerifierServiceServicer_to_server(service, server.grpc)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server.grpc)
+    service.register(server)
 
     def record(address: str) -> WorkerRecord:
         return WorkerRecord(
@@ -78,15 +75,3 @@ async def serve(config: VerifierConfig) -> None:
 
 def _report_warm_up(done: int, total: int) -> None:
     _log.info("warm-up %d/%d", done, total)
-
-
-def _info(model: LanguageModel) -> ModelInfo:
-    return ModelInfo(
-        model=model.name,
-        model_fingerprint=model.model_fingerprint,
-        tokenizer_fingerprint=model.tokenizer_fingerprint,
-        vocabulary_size=model.vocabulary_size,
-        length_max=model.length_max,
-        dtype=model.dtype,
-        eos_ids=tuple(model.eos_ids),
-    )

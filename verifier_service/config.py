@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from outrider.domain import Device, Dtype
+from outrider.config import Device, Dtype
 
 
 @dataclass(frozen=True)

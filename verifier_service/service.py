@@ -12,8 +12,9 @@ from outrider import wire
 from outrider.domain import ModelInfo, Rejection, RejectionCode
 from outrider.errors import InvalidRequest
 from outrider.serving.queues import Mailbox
+from outrider.serving.server import Server
 from outrider.serving.worker_edge import WorkerEdge
-from outrider.v1 import types_pb2, verifier_pb2, verifier_pb2_grpc
+from outrider.v1 import types_pb2, verifier_pb2, verifier_pb2_grpc, worker_pb2_grpc
 from verifier_service.engine import Engine
 from verifier_service.messages import Abort, Disconnect, Drain, Offer, Open, Outputs, Repeat
 
@@ -50,6 +51,11 @@ class VerifierService(
     def _attached(self) -> Engine:
         assert self._engine is not None, "attach() comes before serving"
         return self._engine
+
+    def register(self, server: Server) -> None:
+        """Serve both services on `server`."""
+        verifier_pb2_grpc.add_VerifierServiceServicer_to_server(self, server.grpc)
+        worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, server.grpc)
 
     def _submit_disconnect(self, connection: int) -> None:
         self._attached.submit(Disconnect(connection))

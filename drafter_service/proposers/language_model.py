@@ -18,6 +18,7 @@ from pathlib import Path
 from drafter_service.mirror import Mirror
 from outrider.domain import ModelInfo
 from outrider.draft_tree import Advance, Node
+from outrider.model.info import model_info
 from outrider.model.kv_cache import SessionCache
 from outrider.model.language_model import LanguageModel, Row
 from outrider.model.loading import Device, Dtype, load_language_model
@@ -173,16 +174,7 @@ def load_language_model_proposer(
     """Load a draft model. Raises `ModelLoadError`."""
     set_threads(threads)
     model = load_language_model(spec, dtype=dtype, device=device, cache_dir=cache_dir)
-    info = ModelInfo(
-        model=model.name,
-        model_fingerprint=model.model_fingerprint,
-        tokenizer_fingerprint=model.tokenizer_fingerprint,
-        vocabulary_size=model.vocabulary_size,
-        length_max=model.length_max,
-        dtype=model.dtype,
-        eos_ids=tuple(model.eos_ids),
-        proposer="language-model",
-    )
+    info = model_info(model, proposer="language-model")
     return LanguageModelProposer(model, info, leaves_max=leaves_max)
 
 

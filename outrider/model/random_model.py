@@ -28,7 +28,7 @@ _ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma3")
 # Spread of the weights, found by trial: next-token distributions of about 2 nats, greedy text
 # that neither repeats one token nor falls into a short loop.
 _LOGIT_SPREAD = 3.2
-_QUERY_KEY_GAIN = 1.5
+_QUERY_KEY_GAIN = 2.5
 _RESIDUAL_GAIN = 1.5
 
 

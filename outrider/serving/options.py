@@ -8,9 +8,9 @@ from typing import Any, TypeVar
 
 import click
 
-F = TypeVar("F", bound=Callable[..., Any])
+from outrider.config import DEFAULT_CACHE
 
-DEFAULT_CACHE = Path.home() / ".cache" / "outrider"
+F = TypeVar("F", bound=Callable[..., Any])
 
 
 def apply(command: F, *options: Callable[[Any], Any]) -> F:

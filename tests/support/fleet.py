@@ -10,7 +10,7 @@ import contextlib
 import secrets
 import time
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from drafter_service.config import GrowingConfig
@@ -28,6 +28,7 @@ from orchestrator.service import GenerationService
 from outrider.client import AsyncClient
 from outrider.domain import ModelInfo
 from outrider.errors import Unavailable
+from outrider.model.info import model_info
 from outrider.model.language_model import LanguageModel
 from outrider.model.loading import load_language_model
 from outrider.serving.server import Server
@@ -55,16 +56,7 @@ def load(spec: str) -> LanguageModel:
 
 def info_of(model: LanguageModel, name: str, proposer: str = "") -> ModelInfo:
     """Identity of a model under a name."""
-    return ModelInfo(
-        model=name,
-        model_fingerprint=model.model_fingerprint,
-        tokenizer_fingerprint=model.tokenizer_fingerprint,
-        vocabulary_size=model.vocabulary_size,
-        length_max=model.length_max,
-        dtype=model.dtype,
-        eos_ids=tuple(model.eos_ids),
-        proposer=proposer,
-    )
+    return replace(model_info(model, proposer=proposer), model=name)
 
 
 @dataclass(slots=True)
