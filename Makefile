@@ -11,7 +11,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test demo serve clean lock
+.PHONY: help install proto format lint test demo serve bench clean lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -56,6 +56,9 @@ demo: install ## Start a small fleet and watch it decode (MODEL=..., DTYPE=...)
 
 serve: install ## Start a fleet on this machine and serve until interrupted (MODEL=..., DTYPE=...)
 	@$(BIN)/outrider local $(if $(MODEL),--model '$(MODEL)') $(if $(DTYPE),--dtype '$(DTYPE)')
+
+bench: install ## Measure speculated against target-only decoding (BENCH_ARGS="--repeats 5")
+	@$(BIN)/python -m bench.speculation $(BENCH_ARGS)
 
 clean: ## Remove what was built, except .venv
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache

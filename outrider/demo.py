@@ -20,15 +20,14 @@ from outrider.local import LocalConfig, LocalFleet
 TOKENS_MAX = 192
 
 PROMPT = """\
-Copy the following meeting notes word for word, but replace every "Tuesday" with "Thursday".
+Summarize the following text in three sentences.
 
-Meeting notes. The platform team met on Tuesday to review the rollout of the new inference \
-service. Maria reported that the first cluster has been serving traffic since Tuesday last week \
-without an incident. Jonas showed that the latency of the first token went down after the cache \
-was enlarged, and that the cost per request went down as well. The team agreed to move the second \
-cluster to the new release next Tuesday, to keep the old release ready for one more week, and to \
-write down every step of the rollout so that other teams can repeat it. Maria will prepare the \
-checklist, Jonas will watch the dashboards, and the whole team will meet again on Tuesday.
+The platform team met on Tuesday to review the rollout of the new inference service. Maria \
+reported that the first cluster has been serving traffic for a week without an incident. Jonas \
+showed that the latency of the first token went down after the cache was enlarged, and that the \
+cost per request went down as well. The team agreed to move the second cluster to the new release, \
+to keep the old release ready for one more week, and to write down every step of the rollout so \
+that other teams can repeat it.
 """
 
 

@@ -256,14 +256,15 @@ class Engine:
     # --- a verify step ---
 
     def _step(self) -> None:
-        plans = self._plan()
-        started = time.perf_counter()
+        plans: list[_RowPlan] = []
         try:
+            plans = self._plan()
+            started = time.perf_counter()
             samples = self._forward(plans)
         except Exception:
-            _log.exception("verify step failed; its %d sessions end", len(plans))
-            for plan in plans:
-                self._fail(plan.session)
+            _log.exception("verify step failed; its sessions end")
+            for session in [plan.session for plan in plans] or list(self._sessions.values()):
+                self._fail(session)
             return
         if self._config.step_delay_s:
             time.sleep(self._config.step_delay_s)

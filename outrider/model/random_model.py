@@ -4,7 +4,9 @@
 
 Weights are a function of the seed and the parameter's name, so a model with fewer layers is the
 bottom of one with more. `noise` (a fraction of each weight's spread) and `noise_seed` perturb
-the weights: that is how a draft model is made that agrees with its target only partly.
+the weights: that is how a draft model is made that agrees with its target only partly. For the
+default sizes the greedy choices agree in about 80, 60, 36 and 20 percent of the positions of the
+target's own text with a noise of 0.05, 0.1, 0.2 and 0.3, and in 35 percent with one layer.
 """
 
 from __future__ import annotations
@@ -25,11 +27,12 @@ PREFIX = "random:"
 
 _ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma3")
 
-# Spread of the weights, found by trial: next-token distributions of about 2 nats, greedy text
-# that neither repeats one token nor falls into a short loop.
+# Spread of the weights, found by trial: next-token distributions of 2.3 nats in the mean, greedy
+# text that neither repeats one token nor falls into a short loop, and less than two near-ties
+# (best two logits within 1e-3) in a thousand tokens.
 _LOGIT_SPREAD = 3.2
-_QUERY_KEY_GAIN = 2.5
-_RESIDUAL_GAIN = 1.5
+_QUERY_KEY_GAIN = 1.5
+_RESIDUAL_GAIN = 1.0
 
 
 @dataclass(frozen=True, slots=True)

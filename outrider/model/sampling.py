@@ -218,13 +218,13 @@ def _nucleus_floors(scaled: Tensor, least: Tensor, top_p: float) -> Tensor:
         ordered = scaled.masked_fill(scaled < least[:, None], -math.inf)
         ordered = ordered.sort(dim=-1, descending=True).values
         return _nucleus_floor(ordered, ordered.double().exp().sum(dim=-1, keepdim=True), top_p)
-    masses = scaled.double().exp().sum(dim=-1, keepdim=True)
     floors = []
-    for row, mass, bound in zip(scaled, masses, least.tolist(), strict=True):
+    # Row by row, since the float64 weights of one row just fit the cache.
+    for row, bound in zip(scaled, least.tolist(), strict=True):
         values = row.numpy()
         if bound > -math.inf:
             values = values[values >= bound]
-            mass = torch.from_numpy(values).double().exp().sum(dim=-1, keepdim=True)
+        mass = torch.from_numpy(values).double().exp_().sum(dim=-1, keepdim=True)
         # Everything below this weighs, all together, less than the share that top-p drops: so the
         # nucleus ends above, and only what lies above has to be sorted.
         tail = math.log((1.0 - top_p) * float(mass) / len(values)) - 1e-3

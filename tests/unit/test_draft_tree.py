@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 import math
 import random
 from collections.abc import Sequence
@@ -407,9 +408,7 @@ class Speculation(RuleBasedStateMachine):
     @initialize()
     def open(self) -> None:
         self.log = CommittedLog(PROMPT)
-        self.tree = DraftTree(
-            self.log.tip, len(self.log), nodes_max=NODES_MAX, depth_max=DEPTH_MAX
-        )
+        self.tree = DraftTree(self.log.tip, len(self.log), nodes_max=NODES_MAX, depth_max=DEPTH_MAX)
         self.network: list[tuple[int, Draft]] = []
 
     @rule(
@@ -486,14 +485,14 @@ class Speculation(RuleBasedStateMachine):
         assert self.tree.size <= NODES_MAX
         ranked = list(self.tree.ranked())
         assert {node for _, node in ranked} == set(nodes)
-        assert all(a >= b - 1e-9 for (a, _), (b, _) in zip(ranked, ranked[1:], strict=False))
+        assert all(a >= b - 1e-9 for (a, _), (b, _) in itertools.pairwise(ranked))
         seen: set[Node | None] = {self.tree.root}
         for _, node in ranked:
             assert node.parent in seen, "parents come before children"
             seen.add(node)
 
 
-thorough = settings(max_examples=60, stateful_step_count=30, deadline=None, derandomize=True)
+thorough = settings(max_examples=300, stateful_step_count=30, deadline=None, derandomize=True)
 
 
 def test_what_is_committed_is_the_targets_own_whatever_the_schedule() -> None:

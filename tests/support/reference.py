@@ -1,0 +1,176 @@
+"""The one rule, written a second time: plain transformers, numpy in float64, no code of ours.
+
+Only the noise words come from the product; they have tests of their own. Everything else (the
+model's attention, the filters, the noise values, the choice, the ends) is independent of it.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import math
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from outrider.model.noise import words_numpy
+from outrider.model.random_model import build_random_model, parse_random_spec
+from outrider.model.threads import set_threads
+
+TIE_MARGIN = 1e-3
+"""DESIGN section 2: in float32 a difference counts unless the two best scores are this close."""
+
+EOS_IDS = (256, 258)
+"""Ids that end a text of the tiny models: <|endoftext|> and <|im_end|>."""
+
+
+@dataclass(frozen=True, slots=True)
+class Case:
+    """One generation: a prompt in ids and how it is continued."""
+
+    prompt: tuple[int, ...]
+    tokens_max: int
+    temperature: float = 0.0
+    top_k: int = 0
+    top_p: float = 1.0
+    min_p: float = 0.0
+    seed: int = 0
+    stop_ids: tuple[int, ...] = ()
+    ignore_eos: bool = False
+
+    @property
+    def session_seed(self) -> int:
+        """Seed of the noise: BLAKE2b over request seed and choice 0."""
+        message = self.seed.to_bytes(8, "little") + bytes(8)
+        digest = hashlib.blake2b(message, digest_size=8, person=b"outrider-seed").digest()
+        return int.from_bytes(digest, "little")
+
+
+@dataclass(frozen=True, slots=True)
+class Expected:
+    """What the rule gives for a case."""
+
+    ids: tuple[int, ...]
+    margins: tuple[float, ...]
+    """At each position, by how much the best (perturbed) score beats the second."""
+    runners_up: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Agreement:
+    """An output compared with the reference."""
+
+    identical: bool
+    ties: int
+    """Positions where the two best scores are too close to tell, and the output took the other."""
+    positions: int
+    explanation: str
+
+
+@functools.lru_cache(maxsize=4)
+def plain_module(spec: str) -> Any:
+    """The weights of a random model in transformers' own eager attention."""
+    set_threads(1)
+    return build_random_model(parse_random_spec(spec), "eager").eval().requires_grad_(False)
+
+
+def processed(logits: NDArray[np.float64], case: Case) -> NDArray[np.float64]:
+    """Log-probabilities [V] after temperature, top-k, top-p and min-p; -inf where filtered."""
+    values = logits / (case.temperature or 1.0)
+    if 0 < case.top_k < len(values):
+        values = np.where(values < np.sort(values)[-case.top_k], -np.inf, values)
+    probabilities = _softmax(values)
+    order = np.argsort(-probabilities, kind="stable")
+    before = np.cumsum(probabilities[order]) - probabilities[order]
+    dropped = order[before >= case.top_p]
+    if case.top_p < 1.0:
+        values[dropped[dropped != order[0]]] = -np.inf
+    probabilities = _softmax(values)
+    if case.min_p > 0.0:
+        values = np.where(probabilities < case.min_p * probabilities.max(), -np.inf, values)
+    with np.errstate(divide="ignore"):
+        return np.log(_softmax(values))
+
+
+def scores(logits: NDArray[np.float64], case: Case, position: int) -> NDArray[np.float64]:
+    """What the rule takes the argmax of: [V]."""
+    if case.temperature == 0.0:
+        return logits
+    words = words_numpy(case.session_seed, position, np.arange(len(logits)))
+    uniforms = ((words >> 8).astype(np.float64) + 0.5) / 2.0**24
+    return processed(logits, case) - np.log(-np.log(uniforms))
+
+
+def expect(spec: str, case: Case, *, followed: Sequence[int] = ()) -> Expected:
+    """Decode token by token. At ties, `followed` (an output under test) decides between the two."""
+    module = plain_module(spec)
+    stops = {*case.stop_ids, *(() if case.ignore_eos else EOS_IDS)}
+    inputs, cache = list(case.prompt), None
+    ids: list[int] = []
+    margins: list[float] = []
+    runners_up: list[int] = []
+    while len(ids) < case.tokens_max and not (ids and ids[-1] in stops):
+        with torch.inference_mode():
+            output = module(
+                input_ids=torch.tensor([inputs]), past_key_values=cache, use_cache=True
+            )
+        cache = output.past_key_values
+        logits = output.logits[0, -1].double().numpy()
+        values = scores(logits, case, len(case.prompt) + len(ids))
+        best, second = (int(token) for token in np.argsort(-values, kind="stable")[:2])
+        margin = float(values[best] - values[second])
+        token = best
+        if margin < TIE_MARGIN and len(ids) < len(followed) and followed[len(ids)] == second:
+            token, second = second, best
+        ids.append(token)
+        margins.append(margin)
+        runners_up.append(second)
+        inputs = [token]
+    return Expected(tuple(ids), tuple(margins), tuple(runners_up))
+
+
+def compare(spec: str, case: Case, expected: Expected, found: Sequence[int]) -> Agreement:
+    """Apply the margin rule to an output."""
+    found = tuple(found)
+    if found == expected.ids:
+        return Agreement(True, 0, len(found), "")
+    again = expect(spec, case, followed=found)
+    agreed = _common(again.ids, found)
+    ties = sum(
+        margin < TIE_MARGIN and runner_up != token and found[index] != _best(again, index)
+        for index, (margin, runner_up, token) in enumerate(
+            zip(again.margins, again.runners_up, again.ids, strict=True)
+        )
+        if index < agreed
+    )
+    return Agreement(False, ties, len(found), "")
+
+
+def greedy_by_generate(spec: str, case: Case) -> tuple[int, ...]:
+    """The ids that transformers' own `generate()` gives without sampling."""
+    prompt = torch.tensor([case.prompt])
+    output = plain_module(spec).generate(
+        prompt,
+        attention_mask=torch.ones_like(prompt),
+        do_sample=False,
+        max_new_tokens=case.tokens_max,
+        eos_token_id=None if case.ignore_eos else list(EOS_IDS),
+        pad_token_id=259,
+    )
+    return tuple(output[0, len(case.prompt) :].tolist())
+
+
+def exact_probabilities(spec: str, case: Case, outputs: Sequence[int]) -> NDArray[np.float64]:
+    """The distribution [V] of the token that follows the prompt and `outputs`, in one pass."""
+    with torch.inference_mode():
+        output = plain_module(spec)(input_ids=torch.tensor([[*case.prompt, *outputs]]))
+    return np.exp(processed(output.logits[0, -1].double().numpy(), case))
+
+
+def _softmax(values: NDArray[np.float64]) -> NDArray[np.float64]:
+    weights = np.exp(values - values.max())
+    return np.asarray(weights / weights.sum())
