@@ -211,9 +211,14 @@ class LookupProposer:
             return
         for end in automaton.match_ends:
             node: Node | None = mirror.tree.root
-            guesses = automaton.tokens[end + 1 : end + 1 + mirror.budget.depth_max]
-            for depth, token in enumerate(guesses):
+            start = end + 1
+            # What followed may reach the end of the text; then text that repeats itself goes on
+            # doing so (LZ77's overlapping copy). Without this, a loop of one token would give one
+            # guess at a time, which always comes too late.
+            period = len(automaton.tokens) - start
+            for depth in range(mirror.budget.depth_max):
                 assert node is not None
+                token = automaton.tokens[start + depth % period]
                 bucket = MatchEstimates.bucket(automaton.match_length + depth)
                 node = mirror.attach(node, token, self._estimates.logprob(bucket))
                 if node is None:

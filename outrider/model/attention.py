@@ -31,9 +31,7 @@ class RowAttention:
 
     __slots__ = ("begin", "end", "keys", "mask", "new_keys", "new_values", "values")
 
-    def __init__(
-        self, cache: SessionCache, extension: Extension, begin: int, group: int
-    ) -> None:
+    def __init__(self, cache: SessionCache, extension: Extension, begin: int, group: int) -> None:
         """`begin`: index of the row's first token in the pass; `group`: query per KV head."""
         self.begin = begin
         self.end = begin + extension.size

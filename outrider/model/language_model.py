@@ -54,7 +54,7 @@ class LanguageModel(Protocol):
 
     @property
     def dtype(self) -> str:
-        """"float32", "bfloat16" or "float16"."""
+        """ "float32", "bfloat16" or "float16"."""
 
     @property
     def device(self) -> torch.device:
@@ -127,7 +127,7 @@ class TransformersModel:
 
     @property
     def dtype(self) -> str:
-        """"float32", "bfloat16" or "float16"."""
+        """ "float32", "bfloat16" or "float16"."""
         return str(self.layout.dtype).removeprefix("torch.")
 
     @property

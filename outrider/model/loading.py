@@ -67,7 +67,11 @@ def resolve_model(spec: str, cache_dir: Path) -> ModelFiles:
 
 
 def load_language_model(
-    spec: str, *, dtype: Dtype = "float32", device: Device = "auto", cache_dir: Path,
+    spec: str,
+    *,
+    dtype: Dtype = "float32",
+    device: Device = "auto",
+    cache_dir: Path,
 ) -> LanguageModel:
     """Load the model that `spec` names (see `SPEC_FORMS`), ready to run.
 
@@ -95,12 +99,15 @@ def _load_random(spec: str, dtype: torch.dtype, device: torch.device) -> Transfo
     with quiet_transformers():
         module = random_model.build_random_model(parsed, attention.ATTENTION)
     weights = parameters_digest(module)
-    module = module.to(device=device, dtype=dtype)  # type: ignore[arg-type]
+    _place(module, device, dtype)
     return _assemble(parsed.name, module, weights, byte_tokenizer_files())
 
 
 def _load_folder(
-    files: ModelFiles, dtype: torch.dtype, device: torch.device, cache_dir: Path,
+    files: ModelFiles,
+    dtype: torch.dtype,
+    device: torch.device,
+    cache_dir: Path,
 ) -> TransformersModel:
     tokenizer_files = files.tokenizer_files()
     if not (files.folder / "config.json").is_file():
@@ -114,7 +121,8 @@ def _load_folder(
             config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
             check_config(config)
             weights = folder_digest(files.folder, cache_dir)
-            module = _load_module(files.folder, dtype).to(device)  # type: ignore[arg-type]
+            module = _load_module(files.folder, dtype)
+            _place(module, device, dtype)
     except expected as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelLoadError(reason) from error
@@ -122,7 +130,9 @@ def _load_folder(
 
 
 def _load_module(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
-    module, report = AutoModelForCausalLM.from_pretrained(
+    # Typed as Any: the annotation leaves out what output_loading_info does to the result.
+    load: Any = AutoModelForCausalLM.from_pretrained
+    module, report = load(
         folder,
         dtype=dtype,
         attn_implementation=attention.ATTENTION,
@@ -138,8 +148,16 @@ def _load_module(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
     return module
 
 
+def _place(module: PreTrainedModel, device: torch.device, dtype: torch.dtype) -> None:
+    # By the base class: PreTrainedModel wraps `to` in a way that type checkers cannot follow.
+    torch.nn.Module.to(module, device=device, dtype=dtype)
+
+
 def _assemble(
-    name: str, module: PreTrainedModel, weights: str, tokenizer_files: Mapping[str, bytes],
+    name: str,
+    module: PreTrainedModel,
+    weights: str,
+    tokenizer_files: Mapping[str, bytes],
 ) -> TransformersModel:
     try:
         tokenizer = Tokenizer.from_buffer(tokenizer_files["tokenizer.json"])

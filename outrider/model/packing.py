@@ -12,6 +12,8 @@ hence the one small module, the check for their presence, and torch's exact pin.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 
@@ -27,7 +29,7 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.in_features = linear.in_features
         self.out_features = linear.out_features
-        bias = linear.bias
+        bias: Any = linear.bias  # annotated as if it were always there
         # Neither is a parameter: moving or casting the opaque layout is not possible.
         self._bias = None if bias is None else bias.detach()
         self._packed: torch.Tensor = torch.ops.mkldnn._reorder_linear_weight(
@@ -50,9 +52,7 @@ class PackedLinear(nn.Module):
 
 def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
     """True if this torch, on this processor, has packed kernels that pay for the precision."""
-    if device.type != "cpu" or not torch.backends.mkldnn.is_available():
-        return False
-    if dtype not in (torch.float32, torch.bfloat16):
+    if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     probe = nn.Linear(16, 16, device=device, dtype=dtype)
     try:

@@ -69,7 +69,9 @@ def parse_random_spec(spec: str) -> RandomSpec:
     name, _, query = spec.removeprefix(PREFIX).partition("?")
     if not name:
         raise ModelLoadError("a random model needs a name, as in random:tiny?seed=1")
-    types = {field.name: type(field.default) for field in dataclasses.fields(RandomSpec)[1:]}
+    types: dict[str, Any] = {
+        field.name: type(field.default) for field in dataclasses.fields(RandomSpec)[1:]
+    }
     values: dict[str, Any] = {}
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key not in types:

@@ -31,6 +31,7 @@ from outrider.errors import Unavailable
 from outrider.model.info import model_info
 from outrider.model.language_model import LanguageModel
 from outrider.model.loading import load_language_model
+from outrider.model.threads import set_threads
 from outrider.serving.server import Server
 from outrider.v1 import (
     drafter_pb2_grpc,
@@ -51,6 +52,8 @@ DRAFT = "random:tiny?seed=1&noise=0.05&noise_seed=7"
 
 def load(spec: str) -> LanguageModel:
     """Load a tiny random model."""
+    # Several test processes share the machine; more threads only wait for each other.
+    set_threads(1)
     return load_language_model(spec, dtype="float32", device="cpu", cache_dir=Path("/nonexistent"))
 
 
@@ -186,7 +189,6 @@ async def orchestrator(
 
 async def settled(client: AsyncClient, workers: int, timeout_s: float = 10.0) -> None:
     """Wait until so many workers are ready or refused."""
-
 
     async def enough() -> bool:
         try:

@@ -10,6 +10,7 @@ from collections.abc import Sequence
 import numpy as np
 import pytest
 import torch
+
 from outrider.model.kv_cache import Extension, KvLayout, SessionCache
 
 LAYOUT = KvLayout(2, 3, 4, torch.float32, torch.device("cpu"))
@@ -140,9 +141,7 @@ def test_a_wrong_advance_changes_nothing(
 
 
 @pytest.mark.parametrize("parents", [[6], [-2], [-1, 7], [-1, 8], [0]])
-def test_parents_must_be_earlier_slots_one_each(
-    cache: SessionCache, parents: list[int]
-) -> None:
+def test_parents_must_be_earlier_slots_one_each(cache: SessionCache, parents: list[int]) -> None:
     count = 2 if parents == [0] else len(parents)
     with pytest.raises(ValueError, match="parent"):
         cache.plan(count, parents)

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+
 from outrider.model.kv_cache import SessionCache
 from outrider.model.language_model import Row, TransformersModel
 from outrider.model.loading import load_language_model
@@ -86,9 +87,7 @@ def test_prefill_in_chunks_equals_one_plain_pass(
     for size in chunks:
         logits.append(model.forward([Row(cache, PROMPT[at : at + size], None, range(size))]))
         at += size
-    torch.testing.assert_close(
-        torch.cat(logits), reference(plain, PROMPT), atol=TOLERANCE, rtol=0
-    )
+    torch.testing.assert_close(torch.cat(logits), reference(plain, PROMPT), atol=TOLERANCE, rtol=0)
     assert cache.prefix_length == len(PROMPT)
 
 
@@ -98,9 +97,7 @@ def test_a_long_text_outgrows_the_first_buffer(model: TransformersModel, plain: 
     parts = [
         model.forward([Row(cache, tokens[at : at + 50], None, range(50))]) for at in (0, 50, 100)
     ]
-    torch.testing.assert_close(
-        torch.cat(parts), reference(plain, tokens), atol=TOLERANCE, rtol=0
-    )
+    torch.testing.assert_close(torch.cat(parts), reference(plain, tokens), atol=TOLERANCE, rtol=0)
 
 
 def test_every_node_of_a_tree_sees_its_path_only(model: TransformersModel, plain: Any) -> None:
@@ -157,9 +154,7 @@ def test_decoding_continues_after_truncate(model: TransformersModel, plain: Any)
     check_tree(logits, plain, PROMPT[:5], [5, 6], [-1, 0], [0, 1])
 
 
-def test_wanted_logits_come_in_the_order_asked_for(
-    model: TransformersModel, plain: Any
-) -> None:
+def test_wanted_logits_come_in_the_order_asked_for(model: TransformersModel, plain: Any) -> None:
     caches = [prefilled(model) for _ in range(3)]
     rows = [
         Row(caches[0], TREE, PARENTS, [5, 0, 5]),

@@ -106,11 +106,11 @@ async def test_the_mailbox_joins_what_piled_up() -> None:
     mailbox.put(1)
     mailbox.put(2)
     assert await take(mailbox) == [1, 2]
-    reader = asyncio.create_task(take(mailbox))
+    reader = asyncio.create_task(mailbox.take())
     await asyncio.sleep(0)
     assert not reader.done(), "an empty mailbox is waited for, not read as closed"
     mailbox.put(3)
-    assert await reader == [3]
+    assert await asyncio.wait_for(reader, PATIENCE_S) == [3]
 
 
 async def test_a_closed_mailbox_is_drained_and_then_empty_for_good() -> None:

@@ -119,7 +119,7 @@ async def test_an_unexpected_error_says_nothing_but_an_incident(
     assert isinstance(error_of_status(failure), InternalError)
 
 
-async def test_a_handlers_own_abort_is_left_alone() -> None:
+async def test_a_handlers_own_abort_is_left_alone(caplog: pytest.LogCaptureFixture) -> None:
     async def refuse(request: bytes, context: grpc.aio.ServicerContext[Any, Any]) -> bytes:
         async with status_of_errors(context):
             await context.abort(grpc.StatusCode.OUT_OF_RANGE, "as I say")
@@ -138,6 +138,7 @@ async def test_a_handlers_own_abort_is_left_alone() -> None:
     await server.stop(0)
     assert raised.value.code() is grpc.StatusCode.OUT_OF_RANGE
     assert raised.value.details() == "as I say"
+    assert [record for record in caplog.records if record.levelno >= logging.ERROR] == []
 
 
 def failed(code: grpc.StatusCode, details: str, **metadata: str) -> grpc.aio.AioRpcError:
