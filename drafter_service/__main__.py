@@ -12,7 +12,12 @@ import click
 from drafter_service.config import DrafterConfig, GrowingConfig
 from outrider.errors import OutriderError
 from outrider.serving.logs import configure_logging
-from outrider.serving.options import engine_options, logging_options, worker_options
+from outrider.serving.options import (
+    check_advertised,
+    engine_options,
+    logging_options,
+    worker_options,
+)
 
 
 @click.command("drafter", context_settings={"auto_envvar_prefix": "OUTRIDER_DRAFTER"})
@@ -65,6 +70,7 @@ def command(
     )
     if config.proposer == "language-model" and config.model is None:
         raise click.UsageError("--model is needed for --proposer language-model")
+    check_advertised(config.host, config.redis_url, config.advertise)
     # Imported late: torch takes seconds, and `--help` should not.
     from drafter_service.app import serve
 

@@ -225,8 +225,12 @@ def local(port: int, **options: Any) -> None:
 
     console = Console(stderr=True)
     with LocalFleet(LocalConfig(port=port, **options), console) as fleet:
-        console.print(f"ready on [bold]{fleet.endpoint}[/]; logs in {fleet.log_dir}")
-        console.print(f'try: outrider chat --endpoint {fleet.endpoint} "Why is the sky blue?"')
+        console.print(
+            f"ready on [bold]{fleet.endpoint}[/]; logs in {fleet.log_dir}", soft_wrap=True
+        )
+        console.print(
+            f'try: outrider chat --endpoint {fleet.endpoint} "Why is the sky blue?"', soft_wrap=True
+        )
         wait_for_stop(fleet)
 
 

@@ -21,7 +21,7 @@ import grpc.aio
 
 from outrider import wire
 from outrider.domain import FinishReason, ModelInfo, SpeculationCounters, Usage
-from outrider.errors import InternalError, InvalidRequest
+from outrider.errors import InternalError, InvalidRequest, OutriderError, Unavailable
 from outrider.serving.server import CHANNEL_OPTIONS
 from outrider.serving.status import error_of_status
 from outrider.v1 import generation_pb2, generation_pb2_grpc
@@ -118,6 +118,7 @@ class AsyncClient:
     """asyncio client; one channel, any number of generations at once."""
 
     def __init__(self, address: str) -> None:
+        self._address = address
         self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
@@ -145,7 +146,7 @@ class AsyncClient:
             async for response in call:
                 yield _event(response)
         except grpc.aio.AioRpcError as error:
-            raise error_of_status(error) from None
+            raise _error_at(self._address, error) from None
         finally:
             call.cancel()
 
@@ -163,7 +164,7 @@ class AsyncClient:
                 generation_pb2.ListModelsRequest(), timeout=CALL_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
-            raise error_of_status(error) from None
+            raise _error_at(self._address, error) from None
         return tuple(wire.model_info_from_pb(info) for info in answer.models)
 
     async def workers(self) -> tuple[Worker, ...]:
@@ -173,7 +174,7 @@ class AsyncClient:
                 generation_pb2.ListWorkersRequest(), timeout=CALL_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
-            raise error_of_status(error) from None
+            raise _error_at(self._address, error) from None
         return tuple(_worker(status) for status in answer.workers)
 
 
@@ -181,6 +182,7 @@ class Client:
     """Blocking client; may be shared by threads."""
 
     def __init__(self, address: str) -> None:
+        self._address = address
         self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
@@ -206,7 +208,7 @@ class Client:
             for response in call:
                 yield _event(response)
         except grpc.RpcError as error:
-            raise error_of_status(error) from None
+            raise _error_at(self._address, error) from None
         finally:
             call.cancel()
 
@@ -224,7 +226,7 @@ class Client:
                 generation_pb2.ListModelsRequest(), timeout=CALL_TIMEOUT_S
             )
         except grpc.RpcError as error:
-            raise error_of_status(error) from None
+            raise _error_at(self._address, error) from None
         return tuple(wire.model_info_from_pb(info) for info in answer.models)
 
     def workers(self) -> tuple[Worker, ...]:
@@ -234,8 +236,15 @@ class Client:
                 generation_pb2.ListWorkersRequest(), timeout=CALL_TIMEOUT_S
             )
         except grpc.RpcError as error:
-            raise error_of_status(error) from None
+            raise _error_at(self._address, error) from None
         return tuple(_worker(status) for status in answer.workers)
+
+
+def _error_at(address: str, error: grpc.RpcError) -> OutriderError:
+    ours = error_of_status(error)
+    if isinstance(ours, Unavailable) and "connect" in str(ours):
+        return Unavailable(f"no orchestrator answers at {address}; is it running? ({ours})")
+    return ours
 
 
 @dataclass(slots=True)

@@ -101,7 +101,8 @@ def run_demo(config: LocalConfig, *, repeats: int) -> int:
     with LocalFleet(config, console) as fleet, Client(fleet.endpoint) as client:
         console.print(
             f"fleet: {config.verifiers} verifier(s), {config.drafters} drafter(s), "
-            f"1 orchestrator; {config.model} in {config.dtype}; logs in {fleet.log_dir}\n"
+            f"1 orchestrator; {config.model} in {config.dtype}; logs in {fleet.log_dir}\n",
+            soft_wrap=True,
         )
         console.rule("prompt", align="left")
         console.print(PROMPT, style="dim", markup=False, highlight=False)

@@ -123,7 +123,7 @@ class LocalFleet:
             self._fetch(model)
         with self._console.status("starting services"):
             self._redis = start_redis(config.redis_url, self.log_dir / "redis.log")
-        self._console.print(f"redis: {self._redis.description}")
+        self._console.print(f"redis: {self._redis.description}", soft_wrap=True)
         for number in range(1, config.verifiers + 1):
             self._spawn(f"verifier-{number}", "verifier_service", self._verifier_arguments())
         for number in range(1, config.drafters + 1):

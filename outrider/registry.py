@@ -136,7 +136,7 @@ class Registry:
         self.place: Final = redacted(url)
         """Where Redis is, fit for logs."""
         self._timeout_s = timeout_s
-        self._redis = Redis(connection_pool=_connection_pool(url, timeout_s))
+        self._redis = Redis.from_pool(_connection_pool(url, timeout_s))  # Owns the pool: closes it.
         self._publish = self._redis.register_script(_PUBLISH)
         self._withdraw = self._redis.register_script(_WITHDRAW)
         self.malformed_records = 0
@@ -188,7 +188,7 @@ class Registry:
         """Return the names in the index that have not expired by Redis' clock."""
         pipeline = self._redis.pipeline(transaction=False)
         pipeline.time()
-        pipeline.zrange(_INDEX, 0, WORKERS_MAX - 1, desc=True, withscores=True)
+        pipeline.zrevrange(_INDEX, 0, WORKERS_MAX - 1, withscores=True)
         (now_s, now_us), indexed = await pipeline.execute()
         now_ms = now_s * 1000 + now_us / 1000
         return [member for member, expiry_ms in indexed if expiry_ms > now_ms]

@@ -12,7 +12,12 @@ import click
 
 from outrider.errors import OutriderError
 from outrider.serving.logs import configure_logging
-from outrider.serving.options import engine_options, logging_options, worker_options
+from outrider.serving.options import (
+    check_advertised,
+    engine_options,
+    logging_options,
+    worker_options,
+)
 from verifier_service.config import EngineConfig, VerifierConfig
 
 
@@ -87,6 +92,7 @@ def command(
         ),
         **options,
     )
+    check_advertised(config.host, config.redis_url, config.advertise)
     # Imported late: torch takes seconds, and `--help` should not.
     from verifier_service.app import serve
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from filelock import FileLock
 from rich.console import Console
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, modeling_gguf_pytorch_utils
 from transformers.utils import logging as transformers_logging
 
 from outrider.errors import ModelLoadError
@@ -90,11 +90,15 @@ def quiet_transformers() -> Iterator[None]:
     """Keep the bars and advice of transformers off the terminal; errors still raise."""
     verbosity = transformers_logging.get_verbosity()
     bars = transformers_logging.is_progress_bar_enabled()
+    gguf: Any = modeling_gguf_pytorch_utils
+    gguf_bar = gguf.tqdm
     transformers_logging.set_verbosity_error()
     transformers_logging.disable_progress_bar()
+    gguf.tqdm = lambda items, **_: items  # this one bar heeds no setting
     try:
         yield
     finally:
+        gguf.tqdm = gguf_bar
         transformers_logging.set_verbosity(verbosity)
         if bars:
             transformers_logging.enable_progress_bar()

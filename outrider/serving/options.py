@@ -83,6 +83,15 @@ def worker_options(command: F) -> F:
     )
 
 
+def check_advertised(host: str, redis_url: str | None, advertise: str | None) -> None:
+    """Refuse to publish an address that nobody can reach. Raises `click.UsageError`."""
+    if redis_url and not advertise and host in ("0.0.0.0", "::", "[::]"):
+        raise click.UsageError(
+            f"--host {host} listens everywhere, which is no address to be found by; add "
+            "--advertise host:port"
+        )
+
+
 def engine_options(command: F) -> F:
     """Add what every process with a model needs."""
     return apply(

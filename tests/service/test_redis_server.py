@@ -201,7 +201,7 @@ def test_no_server_outlives_a_killed_parent(log_path: Path) -> None:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux ends children with their parent")
 def test_a_child_whose_parent_is_gone_already_ends_at_once() -> None:
-    code = "from outrider.processes import die_with_parent; die_with_parent(1); print('alive')"
+    code = "from outrider.processes import die_with_parent; die_with_parent(-1); print('alive')"
     env = {**os.environ, "PYTHONPATH": str(Path(redis_server.__file__).parent.parent)}
     child = subprocess.run([sys.executable, "-c", code], capture_output=True, check=False, env=env)
     assert (child.returncode, child.stdout) == (1, b"")

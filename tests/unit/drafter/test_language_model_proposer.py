@@ -362,6 +362,15 @@ def test_only_as_many_leaves_as_a_step_may_have(model: LanguageModel) -> None:
     assert max(sum(rows) for rows in watched.passes[1:]) == 5
 
 
+def test_the_most_probable_leaf_of_all_sessions_goes_first(model: LanguageModel) -> None:
+    proposer = proposer_of(model, leaves_max=1)
+    unsure = opened(proposer, spec_of(GREEDY, session=1))
+    sure = opened(proposer, spec_of(SamplingParams(top_k=1), session=2))
+    for _ in range(6):
+        assert proposer.grow([unsure, sure])
+    assert (unsure.tree.size, sure.tree.size) == (3, 6)
+
+
 def test_where_filters_leave_one_token_there_is_one_guess(model: LanguageModel) -> None:
     proposer = proposer_of(model)
     spec = spec_of(SamplingParams(temperature=1.0, top_k=1), depth_max=6)
@@ -385,11 +394,11 @@ def short() -> LanguageModel:
 
 
 def test_guesses_end_where_the_models_text_ends(short: LanguageModel) -> None:
-    proposer = proposer_of(short)
+    proposer = proposer_of(short, width=1, path_probability_min=1e-30)
     mirror = opened(proposer, spec_of(GREEDY))
     grow_out(proposer, mirror)
-    # 19 tokens are there; the one at position 23 is the last that can be looked at.
-    assert max(node.position for node in mirror.tree) <= 24
+    assert len(PROMPT) == 19
+    assert [node.position for node in mirror.tree.best(99)] == [19, 20, 21, 22, 23]
     longer = opened(proposer, spec_of(GREEDY, session=2, prompt=tuple(range(40))))
     full = opened(proposer, spec_of(GREEDY, session=3, prompt=tuple(range(24))))
     assert proposer.grow([longer, full]) is False

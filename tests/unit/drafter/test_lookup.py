@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 
+import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
@@ -227,6 +228,17 @@ def test_right_guesses_raise_the_estimates_of_their_kind() -> None:
     # The guess rested on a match of 2: the bucket of 2 and 3 has learnt, no other has.
     assert after[0] == after[1] > before[0] + 0.2
     assert after[2:] == before[2:]
+
+
+def test_guesses_on_another_branch_do_not_count() -> None:
+    proposer = LookupProposer()
+    for _ in range(200):
+        mirror = opened(proposer, mirror_of(1, 2, 7, 4, 1, 2, 8, 5, 1, 2, depth_max=2))
+        assert paths(mirror) == {(8, 5), (7, 4)}
+        commit(proposer, mirror, 8, 5)
+        proposer.close(mirror)
+    # Of three that had their turn, 8 and 5 were right and 7 was wrong; 4 had none.
+    assert math.exp(estimates_of(proposer)[0]) == pytest.approx(2 / 3, abs=0.02)
 
 
 def test_only_guesses_whose_parent_was_committed_count() -> None:

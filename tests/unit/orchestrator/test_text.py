@@ -65,6 +65,12 @@ WORDS = TextCodec(byte_level_with_words())
 PIECES = TextCodec(sentencepiece())
 
 
+def id_of(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    assert found is not None
+    return found
+
+
 def decode_in_groups(
     codec: TextCodec, ids: Sequence[int], cuts: Sequence[int], stops: Sequence[str] = ()
 ) -> tuple[str, int, bool, list[TextPiece]]:
@@ -155,7 +161,7 @@ def test_a_special_id_does_not_break_a_character() -> None:
 
 def test_sentencepiece_keeps_good_characters_of_a_bad_run() -> None:
     tokenizer = sentencepiece_cached()
-    ids = [tokenizer.token_to_id(f"<0x{byte:02X}>") for byte in "日本".encode() + b"\xff"]
+    ids = [id_of(tokenizer, f"<0x{byte:02X}>") for byte in "日本".encode() + b"\xff"]
     assert PIECES.decode(ids) == "日本\ufffd"
 
 
@@ -165,7 +171,7 @@ def test_first_space_of_sentencepiece_is_kept() -> None:
     tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 1, 0)])
     codec = TextCodec(tokenizer)
     assert isinstance(codec.detokenizer(), ByteDetokenizer)
-    ids = [tokenizer.token_to_id("▁the"), tokenizer.token_to_id("▁stop")]
+    ids = [id_of(tokenizer, "▁the"), id_of(tokenizer, "▁stop")]
     assert codec.decode(ids) == " the stop"
 
 
@@ -173,7 +179,7 @@ def test_metaspace_decoder() -> None:
     tokenizer = sentencepiece(byte_fallback=False, decoder="metaspace")
     codec = TextCodec(tokenizer)
     assert isinstance(codec.detokenizer(), ByteDetokenizer)
-    ids = [tokenizer.token_to_id(piece) for piece in ("▁the", "▁", "é", "<0xZZ>")]
+    ids = [id_of(tokenizer, piece) for piece in ("▁the", "▁", "é", "<0xZZ>")]
     assert codec.decode(ids) == " the é<0xZZ>"
 
 
@@ -359,7 +365,7 @@ def test_identity() -> None:
 
 def test_prompts_get_the_special_tokens_and_chats_only_the_templates() -> None:
     tokenizer = byte_tokenizer()
-    start = tokenizer.token_to_id(TURN_START)
+    start = id_of(tokenizer, TURN_START)
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{TURN_START} $0", special_tokens=[(TURN_START, start)]
     )
@@ -505,11 +511,11 @@ def sentencepiece_ids(character: str) -> list[int]:
     own = _pieces.token_to_id("▁" if character == " " else character)
     if own is not None and character != "▁":
         return [own]
-    return [_pieces.token_to_id(f"<0x{byte:02X}>") for byte in character.encode()]
+    return [id_of(_pieces, f"<0x{byte:02X}>") for byte in character.encode()]
 
 
 BYTES_OF_WORDS = {
-    token: bytes(_byte_tokenizer.token_to_id(letter) for letter in _words.id_to_token(token))
+    token: bytes(id_of(_byte_tokenizer, letter) for letter in _words.id_to_token(token) or "")
     for token in range(_words.get_vocab_size(with_added_tokens=False))
 }
 """What each id of the words tokenizer stands for, added tokens left out."""
