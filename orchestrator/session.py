@@ -282,6 +282,8 @@ class Session:
         if event.binding not in self.bindings or event.epoch != self.epoch or have < 0:
             return []
         tokens = tuple(self.output[have:])
+        if not tokens:
+            return []
         return [
             RelayCommit(
                 (event.binding,), Commit(self.epoch, event.have_length, tokens), verbatim=False

@@ -141,8 +141,14 @@ class LocalFleet:
 
     def _verifier_arguments(self) -> list[str]:
         config = self._config
-        threads = max(1, _cores() // config.verifiers)
+        threads = max(1, (_cores() - self._draft_models) // config.verifiers)
         return [*_model_arguments(config, config.model), "--threads", str(threads)]
+
+    @property
+    def _draft_models(self) -> int:
+        """Drafters that run a model: the first, the third, ..."""
+        config = self._config
+        return 0 if config.draft_model is None else (config.drafters + 1) // 2
 
     def _drafter_arguments(self, number: int) -> list[str]:
         config = self._config
@@ -155,6 +161,10 @@ class LocalFleet:
         assert self._redis is not None, "Redis is started first"
         log_path = self.log_dir / f"{name}.log"
         environment = {**os.environ, "REDIS_URL": self._redis.url}
+        if self._config.verifiers + self._draft_models > 1:
+            # Several models on the same cores: threads that spin at OpenMP barriers keep the others
+            # from arriving there, which costs a factor of twenty.
+            environment.setdefault("OMP_WAIT_POLICY", "passive")
         process = spawn([sys.executable, "-m", module, *arguments], log_path, environment)
         self._services.append(_Service(name, process, log_path))
 

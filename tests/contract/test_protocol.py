@@ -62,6 +62,7 @@ _NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
 async def target() -> AsyncIterator[RunningVerifier]:
+    """Shared, so session numbers must differ: epochs are remembered beyond the end."""
     async with verifier(load(TARGET)) as running:
         yield running
 
@@ -207,24 +208,24 @@ async def test_commits_are_contiguous_and_the_last_one_says_so(target):
 
 async def test_a_session_is_continued_from_committed_tokens(target):
     async with verifier_stream(target.address) as stream:
-        await stream.open(session(1, PROMPT, epoch=3, committed=IDS[:7]))
-        assert await stream.until_finished(1) == IDS[7:16]
-        assert stream.commits[1][0].base_length == len(PROMPT) + 7
+        await stream.open(session(11, PROMPT, epoch=3, committed=IDS[:7]))
+        assert await stream.until_finished(11) == IDS[7:16]
+        assert stream.commits[11][0].base_length == len(PROMPT) + 7
 
 
 async def test_an_older_epoch_cannot_open_a_session(target):
     async with verifier_stream(target.address) as stream:
-        await stream.open(session(1, PROMPT, epoch=5, tokens_max=2))
-        await stream.until_finished(1)
+        await stream.open(session(12, PROMPT, epoch=5, tokens_max=2))
+        await stream.until_finished(12)
         for epoch in (4, 5):  # even after the end
-            await stream.open(session(1, PROMPT, epoch=epoch))
+            await stream.open(session(12, PROMPT, epoch=epoch))
             await stream.until(lambda: bool(stream.rejections))
             rejection = stream.rejections.pop()
             assert rejection.code is RejectionCode.STALE_EPOCH
             assert rejection.current_epoch == 5
             assert str(epoch) in rejection.message
-        await stream.open(session(1, PROMPT, epoch=6, tokens_max=2))
-        await stream.until(lambda: (1, 6) in stream.opened)
+        await stream.open(session(12, PROMPT, epoch=6, tokens_max=2))
+        await stream.until(lambda: (12, 6) in stream.opened)
 
 
 async def test_a_newer_epoch_takes_a_session_over():
@@ -291,15 +292,15 @@ async def test_drafts_of_an_older_epoch_are_dropped():
 
 async def test_commits_can_be_repeated_after_the_end(target):
     async with verifier_stream(target.address) as stream:
-        await stream.open(session(1, PROMPT))
-        await stream.until_finished(1)
+        await stream.open(session(13, PROMPT))
+        await stream.until_finished(13)
         for have in (0, 5, 16):
             stream.commits.clear()
-            resync = Resync(1, 1, len(PROMPT) + have)
+            resync = Resync(13, 1, len(PROMPT) + have)
             await stream.send(resyncs=[wire.resync_to_pb(resync)])
-            assert await stream.until_finished(1) == IDS[have:16]
-            assert stream.commits[1][0].base_length == len(PROMPT) + have
-            reason = wire.finish_reason_from_pb(stream.reports[1].finish_reason)
+            assert await stream.until_finished(13) == IDS[have:16]
+            assert stream.commits[13][0].base_length == len(PROMPT) + have
+            reason = wire.finish_reason_from_pb(stream.reports[13].finish_reason)
             assert reason is FinishReason.LENGTH
 
 
@@ -321,9 +322,9 @@ async def test_commits_can_be_repeated_half_way():
 
 async def test_nobody_else_can_ask_for_a_sessions_tokens(target):
     async with verifier_stream(target.address) as stream, verifier_stream(target.address) as other:
-        await stream.open(session(1, PROMPT))
-        await stream.until_finished(1)
-        for number in (1, 99):
+        await stream.open(session(14, PROMPT))
+        await stream.until_finished(14)
+        for number in (14, 99):
             await other.send(resyncs=[wire.resync_to_pb(Resync(number, 1, 0))])
             await other.until(lambda: bool(other.rejections))
             assert other.rejections.pop().code is RejectionCode.UNKNOWN_SESSION

@@ -103,7 +103,12 @@ class VerifierStream:
 
     async def until_finished(self, number: int) -> tuple[int, ...]:
         """Read until a session's last commit; returns all that was committed."""
-        await self.until(lambda: any(commit.last for commit in self.commits.get(number, ())))
+
+        def finished() -> bool:
+            assert number not in {rejection.session for rejection in self.rejections}
+            return any(commit.last for commit in self.commits.get(number, ()))
+
+        await self.until(finished)
         return self.tokens(number)
 
     def tokens(self, number: int) -> tuple[int, ...]:

@@ -1,0 +1,790 @@
+"""The session's state machine: its table, each transition by hand, and storms of events."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field, replace
+from typing import get_args
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from orchestrator.messages import (
+    AbortOnVerifier,
+    AskRepeat,
+    AttachDrafters,
+    BindDrafter,
+    ClientGone,
+    Command,
+    Committed,
+    Deliver,
+    DrafterAttached,
+    DrafterAvailable,
+    DrafterGap,
+    DrafterGone,
+    Event,
+    Fail,
+    Finish,
+    Forget,
+    NotPlaced,
+    Opened,
+    OpenOnVerifier,
+    Placed,
+    PlaceVerifier,
+    Refused,
+    RelayCommit,
+    Silence,
+    UnbindDrafter,
+    VerifierLost,
+)
+from orchestrator.session import (
+    BINDINGS_MAX,
+    IGNORED,
+    PLACEMENTS_MAX,
+    TRANSITIONS,
+    Session,
+    State,
+)
+from outrider.domain import (
+    Commit,
+    CommitReport,
+    FinishReason,
+    Rejection,
+    RejectionCode,
+    SamplingParams,
+    SessionSpec,
+    SpeculationCounters,
+)
+from outrider.errors import (
+    Exhausted,
+    InternalError,
+    InvalidRequest,
+    OutriderError,
+    StaleEpoch,
+    Unavailable,
+)
+
+PROMPT = (1, 2, 3)
+HALF, STOP = 100, 101
+"""To `Letters`: half a character, and the end of a stop string."""
+
+
+@dataclass(frozen=True)
+class Piece:
+    text: str
+    tokens_kept: int
+    stopped: bool
+
+
+class Letters:
+    """Text of ids: 0 is a, 1 is b, ...; HALF is held back until more comes; STOP stops."""
+
+    def __init__(self) -> None:
+        self._held = ""
+        self._stopped = False
+
+    def push(self, token_ids: Sequence[int]) -> Piece:
+        text = ""
+        for kept, token in enumerate(token_ids, start=1):
+            if token == STOP:
+                self._stopped = True
+                return Piece(text, kept, True)
+            if token == HALF:
+                self._held = "?"
+            else:
+                text += self._held + chr(97 + token % 26)
+                self._held = ""
+        return Piece(text, len(token_ids), self._stopped)
+
+    def finish(self) -> Piece:
+        text, self._held = self._held, ""
+        return Piece(text, 0, self._stopped)
+
+
+def new_session(*, drafters_wanted: int = 0) -> Session:
+    spec = SessionSpec(
+        session=9,
+        epoch=0,
+        prompt=PROMPT,
+        committed=(),
+        sampling=SamplingParams(),
+        seed=4,
+        tokens_max=50,
+    )
+    return Session(spec, Letters(), drafters_wanted=drafters_wanted)
+
+
+def opening(address: str = "v1", *, drafters_wanted: int = 0) -> Session:
+    session = new_session(drafters_wanted=drafters_wanted)
+    session.start()
+    session.step(Placed(address))
+    return session
+
+
+def decoding(address: str = "v1", *, drafters: Sequence[str] = ()) -> Session:
+    """A session that decodes in epoch 1, with attachments 1, 2, ... to these drafters."""
+    session = opening(address, drafters_wanted=len(drafters))
+    for binding, drafter in enumerate(drafters, start=1):
+        session.step(DrafterAttached(binding, drafter))
+    session.step(Opened(1))
+    assert session.state is State.DECODING
+    return session
+
+
+def committed(
+    base_length: int,
+    *tokens: int,
+    epoch: int = 1,
+    reason: FinishReason | None = None,
+    sources: tuple[int, ...] | None = None,
+    steps: int = 0,
+    last: bool | None = None,
+) -> Committed:
+    return Committed(
+        Commit(epoch, base_length, tokens, last=reason is not None if last is None else last),
+        CommitReport(
+            SpeculationCounters(verify_steps=steps),
+            tuple(1 for _ in tokens) if sources is None else sources,
+            reason,
+        ),
+    )
+
+
+def refused(code: RejectionCode, *, epoch: int = 1, name: str = "", current: int = 0) -> Refused:
+    return Refused(Rejection(9, epoch, code, "says why", field=name, current_epoch=current))
+
+
+def kinds(commands: Sequence[Command]) -> list[type]:
+    return [type(command) for command in commands]
+
+
+def failure(commands: Sequence[Command]) -> OutriderError:
+    (error,) = [command.error for command in commands if isinstance(command, Fail)]
+    return error
+
+
+# --- the table --------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("state", State)
+@pytest.mark.parametrize("kind", get_args(Event))
+def test_the_table_says_what_becomes_of_every_event(state: State, kind: type) -> None:
+    assert ((state, kind) in TRANSITIONS) != ((state, kind) in IGNORED)
+
+
+def test_the_table_has_no_other_rows_and_every_omission_its_reason() -> None:
+    pairs = {(state, kind) for state in State for kind in get_args(Event)}
+    assert TRANSITIONS.keys() | IGNORED.keys() == pairs
+    assert all(IGNORED.values())
+    assert {state for state, _ in TRANSITIONS} == set(State) - {State.ENDED}
+
+
+EVENTS: list[Event] = [
+    Placed("v9"),
+    NotPlaced("none"),
+    Opened(1),
+    refused(RejectionCode.EXHAUSTED),
+    committed(3, 0),
+    VerifierLost("gone"),
+    Silence(),
+    DrafterAttached(77, "d9"),
+    DrafterGone(1),
+    DrafterAvailable(),
+    DrafterGap(1, 1, 3),
+    ClientGone(),
+]
+
+
+def test_there_is_an_example_of_every_event() -> None:
+    assert {type(event) for event in EVENTS} == set(get_args(Event))
+
+
+@pytest.mark.parametrize("event", EVENTS, ids=lambda event: type(event).__name__)
+def test_what_is_ignored_changes_nothing(event: Event) -> None:
+    placing = new_session(drafters_wanted=1)
+    ended = decoding()
+    ended.step(ClientGone())
+    for session in (placing, opening(drafters_wanted=1), decoding(drafters=["d1"]), ended):
+        if (session.state, type(event)) in IGNORED:
+            before = replace(session)
+            assert session.step(event) == []
+            assert session == before
+
+
+# --- placing and opening ----------------------------------------------------------------------
+
+
+def test_a_session_begins_by_looking_for_a_verifier() -> None:
+    session = new_session()
+    assert session.state is State.PLACING
+    assert session.start() == [PlaceVerifier(frozenset())]
+
+
+def test_a_placed_session_is_opened_one_epoch_higher_and_drafters_are_sought() -> None:
+    session = new_session(drafters_wanted=2)
+    commands = session.step(Placed("v1"))
+    assert commands == [
+        OpenOnVerifier(replace(new_session().spec, epoch=1)),
+        AttachDrafters(2, frozenset()),
+    ]
+    assert (session.state, session.verifier, session.epoch) == (State.OPENING, "v1", 1)
+    assert new_session().step(Placed("v1")) == commands[:1]
+
+
+def test_no_verifier_is_a_failure() -> None:
+    session = new_session()
+    commands = session.step(NotPlaced("no verifier has room"))
+    assert kinds(commands) == [Fail, Forget]
+    assert type(failure(commands)) is Unavailable
+    assert "no verifier has room" in str(failure(commands))
+    assert session.state is State.ENDED
+
+
+def test_the_verifiers_word_of_this_epoch_opens_it() -> None:
+    session = opening()
+    for epoch in (0, 2):
+        assert session.step(Opened(epoch)) == []
+        assert session.state is State.OPENING
+    assert session.step(Opened(1)) == []
+    assert session.state is State.DECODING
+
+
+def test_a_client_that_leaves_early_is_forgotten() -> None:
+    session = new_session()
+    session.start()
+    assert session.step(ClientGone()) == [Forget()]
+    session = opening()
+    assert session.step(ClientGone()) == [AbortOnVerifier("v1", 1), Forget()]
+
+
+# --- refusals ---------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("make", [opening, decoding])
+@pytest.mark.parametrize(
+    "code",
+    [
+        RejectionCode.EXHAUSTED,
+        RejectionCode.DRAINING,
+        RejectionCode.MISMATCH,
+        RejectionCode.INTERNAL,
+        RejectionCode.UNKNOWN_SESSION,
+    ],
+)
+def test_a_refusal_that_is_the_verifiers_is_tried_elsewhere(
+    make: type[Session], code: RejectionCode
+) -> None:
+    session = make()
+    assert session.step(refused(code)) == [
+        AbortOnVerifier("v1", 1),
+        PlaceVerifier(frozenset({"v1"})),
+    ]
+    assert (session.state, session.verifier) == (State.PLACING, None)
+    # If there is no other, the client hears what was wrong with this one.
+    error = failure(session.step(NotPlaced("none left")))
+    assert type(error) is (Exhausted if code is RejectionCode.EXHAUSTED else Unavailable)
+    assert "says why" in str(error)
+
+
+@pytest.mark.parametrize("make", [opening, decoding])
+def test_a_refusal_that_is_the_callers_is_final(make: type[Session]) -> None:
+    session = make()
+    commands = session.step(refused(RejectionCode.INVALID, name="prompt"))
+    assert kinds(commands) == [AbortOnVerifier, Fail, Forget]
+    error = failure(commands)
+    assert isinstance(error, InvalidRequest)
+    assert (error.field, error.message) == ("prompt", "says why")
+    assert session.state is State.ENDED
+    nameless = failure(make().step(refused(RejectionCode.INVALID)))
+    assert isinstance(nameless, InvalidRequest)
+    assert nameless.field == "request"
+
+
+def test_a_session_that_somebody_else_holds_is_given_up() -> None:
+    error = failure(decoding().step(refused(RejectionCode.STALE_EPOCH, current=7)))
+    assert isinstance(error, StaleEpoch)
+    assert error.current_epoch == 7
+
+
+@pytest.mark.parametrize("code", RejectionCode)
+@pytest.mark.parametrize("epoch", [0, 2])
+def test_refusals_of_other_epochs_are_not_ours(code: RejectionCode, epoch: int) -> None:
+    for session in (opening(), decoding()):
+        state = session.state
+        assert session.step(refused(code, epoch=epoch)) == []
+        assert session.state is state
+
+
+# --- commits ----------------------------------------------------------------------------------
+
+
+def test_contiguous_commits_are_delivered_and_relayed() -> None:
+    session = decoding(drafters=["d1", "d2"])
+    event = committed(3, 0, 1, sources=(2, 0), steps=1)
+    assert session.step(event) == [
+        Deliver("ab", (0, 1), (2, 0)),
+        RelayCommit((1, 2), event.commit, verbatim=True),
+    ]
+    event = committed(5, 2, steps=2)
+    assert session.step(event) == [
+        Deliver("c", (2,), (1,)),
+        RelayCommit((1, 2), event.commit, verbatim=True),
+    ]
+    assert (session.output, session.length) == ([0, 1, 2], 6)
+    assert session.counters.verify_steps == 2
+
+
+def test_without_drafters_nothing_is_relayed() -> None:
+    assert decoding().step(committed(3, 0)) == [Deliver("a", (0,), (1,))]
+
+
+def test_a_repeated_commit_says_nothing_new() -> None:
+    session = decoding(drafters=["d1"])
+    session.step(committed(3, 0, 1))
+    assert session.step(committed(3, 0, 1)) == []
+    assert session.step(committed(3, 0)) == []
+    assert session.output == [0, 1]
+
+
+def test_of_an_overlapping_commit_only_the_rest_counts() -> None:
+    session = decoding(drafters=["d1"])
+    session.step(committed(3, 0, 1))
+    commands = session.step(committed(4, 1, 2, 3, sources=(5, 6, 7)))
+    assert commands == [
+        Deliver("cd", (2, 3), (6, 7)),
+        # Not the verifier's bytes, which begin earlier.
+        RelayCommit((1,), Commit(1, 5, (2, 3)), verbatim=False),
+    ]
+
+
+def test_a_repeat_has_forgotten_its_sources() -> None:
+    # What a verifier repeats covers several commits; it knows the sources of none, or the last.
+    for sources in ((), (4,)):
+        session = decoding()
+        session.step(committed(3, 0))
+        (deliver,) = session.step(committed(3, 0, 1, 2, sources=sources))
+        assert deliver == Deliver("bc", (1, 2), (0, 0))
+
+
+def test_a_gap_is_asked_about_once() -> None:
+    session = decoding()
+    session.step(committed(3, 0))
+    assert session.step(committed(6, 9)) == [AskRepeat(1, 4)]
+    assert session.step(committed(7, 9)) == []
+    assert session.output == [0]
+    assert session.step(committed(4, 1, 2, 3)) == [Deliver("bcd", (1, 2, 3), (1, 1, 1))]
+    # The next gap is another one.
+    assert session.step(committed(9, 9)) == [AskRepeat(1, 7)]
+
+
+def test_silence_asks_again() -> None:
+    session = decoding()
+    assert session.step(Silence()) == [AskRepeat(1, 3)]
+    assert session.step(Silence()) == [AskRepeat(1, 3)]
+    assert session.step(committed(5, 9)) == [], "it is being asked already"
+
+
+@pytest.mark.parametrize(
+    "fork", [committed(3, 0, 2, 3), committed(4, 9), committed(2, 3, 0), committed(0, 0)]
+)
+def test_text_never_forks(fork: Committed) -> None:
+    session = decoding(drafters=["d1"])
+    session.step(committed(3, 0, 1))
+    commands = session.step(fork)
+    assert kinds(commands) == [AbortOnVerifier, UnbindDrafter, Fail, Forget]
+    assert type(failure(commands)) is InternalError
+
+
+def test_commits_of_other_epochs_are_dropped() -> None:
+    session = decoding()
+    for epoch in (0, 2):
+        assert session.step(committed(3, 0, epoch=epoch)) == []
+    assert session.output == []
+
+
+@pytest.mark.parametrize("reason", FinishReason)
+def test_the_last_commit_ends_it(reason: FinishReason) -> None:
+    session = decoding(drafters=["d1"])
+    session.step(committed(3, 0))
+    commands = session.step(committed(4, 1, 2, reason=reason, steps=5))
+    # The verifier has freed it by itself; the drafter has not.
+    assert commands == [
+        Deliver("bc", (1, 2), (1, 1)),
+        UnbindDrafter(1, "d1"),
+        Finish(reason, 3, SpeculationCounters(verify_steps=5)),
+        Forget(),
+    ]
+    assert session.state is State.ENDED
+
+
+def test_the_last_commit_may_come_as_a_repeat_of_what_is_known() -> None:
+    session = decoding()
+    session.step(committed(3, 0))
+    commands = session.step(committed(3, 0, reason=FinishReason.LENGTH))
+    assert kinds(commands) == [Finish, Forget]
+
+
+def test_half_a_character_is_said_at_the_end() -> None:
+    session = decoding()
+    assert session.step(committed(3, 0, HALF)) == [Deliver("a", (0, HALF), (1, 1))]
+    commands = session.step(committed(5, reason=FinishReason.LENGTH))
+    assert commands[0] == Deliver("?", (), ())
+    session = decoding()
+    assert session.step(committed(3, HALF)) == [Deliver("", (HALF,), (1,))]
+
+
+def test_a_stop_string_ends_ids_text_and_work() -> None:
+    session = decoding(drafters=["d1"])
+    session.step(committed(3, 0))
+    commands = session.step(committed(4, 1, STOP, 2, 3, sources=(6, 7, 8, 9), steps=2))
+    assert commands == [
+        Deliver("b", (1, STOP), (6, 7)),
+        AbortOnVerifier("v1", 1),
+        UnbindDrafter(1, "d1"),
+        Finish(FinishReason.STOP, 3, SpeculationCounters(verify_steps=2)),
+        Forget(),
+    ]
+    assert session.output == [0, 1, STOP]
+
+
+def test_a_stop_string_in_the_last_commit_is_the_reason() -> None:
+    commands = decoding().step(committed(3, STOP, 1, reason=FinishReason.LENGTH))
+    assert kinds(commands) == [Deliver, Finish, Forget]
+    assert commands[1] == Finish(FinishReason.STOP, 1, SpeculationCounters())
+
+
+# --- moving -----------------------------------------------------------------------------------
+
+
+def test_a_lost_verifier_costs_nothing_that_was_committed() -> None:
+    session = decoding(drafters=["d1"])
+    session.step(committed(3, 0, 1, steps=2))
+    assert session.step(VerifierLost("reset")) == [
+        AbortOnVerifier("v1", 1),
+        UnbindDrafter(1, "d1"),
+        PlaceVerifier(frozenset({"v1"})),
+    ]
+    opened, attach = session.step(Placed("v2"))
+    assert opened == OpenOnVerifier(replace(session.spec, epoch=2, committed=(0, 1)))
+    assert isinstance(opened, OpenOnVerifier)
+    assert (opened.spec.prompt, opened.spec.seed) == (PROMPT, 4)
+    assert attach == AttachDrafters(1, frozenset())
+    assert session.step(DrafterAttached(2, "d1")) == [BindDrafter(2, 2, (0, 1))]
+    # A commit that the first had sent is of an old epoch, before the second opens and after.
+    assert session.step(committed(5, 9, epoch=1)) == []
+    session.step(Opened(2))
+    assert session.step(committed(5, 9, epoch=1)) == []
+    commands = session.step(committed(5, 2, epoch=2, steps=3))
+    assert commands[0] == Deliver("c", (2,), (1,))
+    # Each verifier counts from zero; the client hears the sum.
+    commands = session.step(committed(6, epoch=2, reason=FinishReason.LENGTH, steps=4))
+    assert commands[-2] == Finish(FinishReason.LENGTH, 3, SpeculationCounters(verify_steps=6))
+
+
+def test_a_move_forgets_what_was_asked_of_the_old_verifier() -> None:
+    session = decoding()
+    assert session.step(committed(5, 9)) == [AskRepeat(1, 3)]
+    session.step(VerifierLost("reset"))
+    session.step(Placed("v2"))
+    session.step(Opened(2))
+    assert session.step(committed(5, 9, epoch=2)) == [AskRepeat(2, 3)]
+
+
+def test_placements_are_bounded() -> None:
+    session = new_session(drafters_wanted=1)
+    for number in range(1, PLACEMENTS_MAX):
+        session.step(Placed(f"v{number}"))
+        session.step(DrafterAttached(number, "d1"))
+        commands = session.step(VerifierLost("poison"))
+        tried = frozenset(f"v{n}" for n in range(1, number + 1))
+        assert commands[-1] == PlaceVerifier(tried)
+    session.step(Placed("v-last"))
+    session.step(DrafterAttached(99, "d1"))
+    commands = session.step(VerifierLost("poison"))
+    assert kinds(commands) == [AbortOnVerifier, UnbindDrafter, Fail, Forget]
+    assert commands[0] == AbortOnVerifier("v-last", PLACEMENTS_MAX)
+    assert type(failure(commands)) is Unavailable
+    assert "poison" in str(failure(commands))
+    assert session.state is State.ENDED
+
+
+# --- drafters ---------------------------------------------------------------------------------
+
+
+def test_an_attached_drafter_gets_all_that_is_committed() -> None:
+    session = opening(drafters_wanted=1)
+    assert session.step(DrafterAttached(1, "d1")) == [BindDrafter(1, 1, ())]
+    session.step(Opened(1))
+    session.step(committed(3, 0, 1))
+    assert session.step(DrafterAttached(2, "d2")) == [BindDrafter(2, 1, (0, 1))]
+    assert session.bindings == {1: "d1", 2: "d2"}
+
+
+@pytest.mark.parametrize("make", [opening, decoding])
+def test_a_drafter_that_is_gone_is_replaced(make: type[Session]) -> None:
+    session = make()
+    session.drafters_wanted = 2
+    session.step(DrafterAttached(1, "d1"))
+    session.step(DrafterAttached(2, "d2"))
+    assert session.step(DrafterGone(7)) == []
+    # Its stream broke: it may come back. The one that is still there is not asked again.
+    assert session.step(DrafterGone(1)) == [AttachDrafters(1, frozenset({"d2"}))]
+    # It refused: never again.
+    assert session.step(DrafterGone(2, refused=True)) == [AttachDrafters(2, frozenset({"d2"}))]
+    assert session.step(DrafterGone(2)) == []
+    assert session.step(DrafterAvailable()) == [AttachDrafters(2, frozenset({"d2"}))]
+
+
+def test_a_refusal_is_remembered_across_verifiers() -> None:
+    session = decoding(drafters=["d1"])
+    session.step(DrafterGone(1, refused=True))
+    session.step(VerifierLost("reset"))
+    assert session.step(Placed("v2"))[1:] == [AttachDrafters(1, frozenset({"d1"}))]
+
+
+@pytest.mark.parametrize("make", [opening, decoding])
+def test_a_new_drafter_is_asked_only_if_one_is_missing(make: type[Session]) -> None:
+    session = make()
+    assert session.step(DrafterAvailable()) == []
+    session.drafters_wanted = 1
+    assert session.step(DrafterAvailable()) == [AttachDrafters(1, frozenset())]
+    session.step(DrafterAttached(1, "d1"))
+    assert session.step(DrafterAvailable()) == []
+
+
+def test_a_flapping_drafter_is_given_up() -> None:
+    session = decoding()
+    session.drafters_wanted = 1
+    for binding in range(1, BINDINGS_MAX):
+        session.step(DrafterAttached(binding, "d1"))
+        assert session.step(DrafterGone(binding)) == [AttachDrafters(1, frozenset())]
+    session.step(DrafterAttached(BINDINGS_MAX, "d1"))
+    assert session.step(DrafterGone(BINDINGS_MAX)) == []
+    assert session.step(DrafterAvailable()) == []
+
+
+@pytest.mark.parametrize("move", [False, True])
+def test_a_drafter_that_saw_a_gap_catches_up(move: bool) -> None:
+    session = decoding(drafters=["d1", "d2"])
+    session.step(committed(3, 0, 1, 2))
+    epoch = 1
+    if move:
+        session.step(VerifierLost("reset"))
+        session.step(Placed("v2"))
+        for binding, drafter in ((1, "d1"), (2, "d2")):
+            session.step(DrafterAttached(binding, drafter))
+        epoch = 2
+    assert session.step(DrafterGap(2, epoch, 4)) == [
+        RelayCommit((2,), Commit(epoch, 4, (1, 2)), verbatim=False)
+    ]
+    # It has everything, or claims more; of another epoch; of nobody; with less than the prompt,
+    # which it got when it was bound.
+    assert session.step(DrafterGap(2, epoch, 6)) == []
+    assert session.step(DrafterGap(2, epoch, 7)) == []
+    assert session.step(DrafterGap(2, epoch - 1, 4)) == []
+    assert session.step(DrafterGap(3, epoch, 4)) == []
+    assert session.step(DrafterGap(2, epoch, 2)) == []
+
+
+def test_everybody_is_told_when_the_client_leaves() -> None:
+    session = decoding(drafters=["d1", "d2"])
+    assert session.step(ClientGone()) == [
+        AbortOnVerifier("v1", 1),
+        UnbindDrafter(1, "d1"),
+        UnbindDrafter(2, "d2"),
+        Forget(),
+    ]
+
+
+# --- storms -----------------------------------------------------------------------------------
+
+
+def truth(index: int) -> int:
+    """The output's token at an index: what every honest verifier says."""
+    return index * 7 % 23
+
+
+@dataclass
+class World:
+    """What the driver, the workers and the client know, from commands alone."""
+
+    session: Session = field(default_factory=lambda: new_session(drafters_wanted=2))
+    ended: bool = False
+    delivered: list[int] = field(default_factory=list)
+    text: str = ""
+    mirrors: dict[int, int] = field(default_factory=dict)
+    """Committed length that each attached drafter has, if no message to it is lost."""
+    addresses: dict[int, str] = field(default_factory=dict)
+    held_by: tuple[str, int] | None = None
+    """Verifier and epoch of the session that is open somewhere."""
+    epochs: list[int] = field(default_factory=list)
+    bindings_made: int = 0
+
+    def happen(self, event: Event) -> None:
+        if isinstance(event, DrafterGone):
+            self.mirrors.pop(event.binding, None)
+            self.addresses.pop(event.binding, None)
+        if isinstance(event, Committed) and event.commit.last and self.is_current(event):
+            self.held_by = None
+        self.obey(self.session.step(event))
+
+    def is_current(self, event: Committed) -> bool:
+        decodes = self.session.state is State.DECODING
+        return decodes and event.commit.epoch == self.session.epoch
+
+    def obey(self, commands: list[Command]) -> None:
+        if commands:
+            assert not self.ended, "nothing may follow Forget"
+        for command in commands:
+            assert not self.ended, "Forget is the last command"
+            self.obey_one(command)
+        assert self.delivered == self.session.output
+        assert self.delivered == [truth(index) for index in range(len(self.delivered))]
+        assert self.mirrors.keys() == self.session.bindings.keys()
+
+    def obey_one(self, command: Command) -> None:
+        match command:
+            case Deliver(text, token_ids, sources):
+                assert len(token_ids) == len(sources)
+                self.delivered += token_ids
+                self.text += text
+            case OpenOnVerifier(spec):
+                assert self.held_by is None, "the one before was not told"
+                assert list(spec.committed) == self.delivered
+                assert self.session.verifier is not None
+                self.held_by = (self.session.verifier, spec.epoch)
+                self.epochs.append(spec.epoch)
+                assert self.epochs == sorted(set(self.epochs))
+            case AbortOnVerifier(address, epoch):
+                assert self.held_by in ((address, epoch), None)
+                self.held_by = None
+            case AskRepeat(epoch, have_length):
+                assert (epoch, have_length) == (self.session.epoch, self.session.length)
+            case BindDrafter(binding, epoch, tokens):
+                assert epoch == self.session.epoch
+                assert list(tokens) == self.delivered
+                assert binding not in self.mirrors
+                self.mirrors[binding] = len(PROMPT) + len(tokens)
+                self.addresses[binding] = self.session.bindings[binding]
+            case UnbindDrafter(binding, address):
+                assert self.addresses.pop(binding) == address
+                del self.mirrors[binding]
+            case RelayCommit(bindings, commit, _):
+                self.relay(bindings, commit)
+            case Forget():
+                self.ended = True
+                assert self.mirrors == {}, "a drafter was not told"
+                assert self.held_by is None, "the verifier was not told"
+            case _:
+                assert isinstance(command, PlaceVerifier | AttachDrafters | Finish | Fail)
+
+    def relay(self, bindings: tuple[int, ...], commit: Commit) -> None:
+        assert commit.epoch == self.session.epoch
+        for binding in bindings:
+            assert commit.base_length <= self.mirrors[binding], "a gap of our own making"
+            end = commit.base_length + len(commit.tokens)
+            self.mirrors[binding] = max(self.mirrors[binding], end)
+        start = commit.base_length - len(PROMPT)
+        assert list(commit.tokens) == self.delivered[start : start + len(commit.tokens)]
+
+    def event(self, kind: type, number: int) -> Event:
+        """Make an event: mostly one that fits, sometimes late, early or of another epoch."""
+        epoch = self.session.epoch + (0, 0, 0, 0, 0, 0, -1, 1)[number % 8]
+        number //= 8
+        if kind is Committed:
+            ahead = (0, 0, 0, 0, -1, -2, -5, 1, 3)[number % 9]
+            start = max(0, len(self.delivered) + ahead)
+            tokens = [truth(start + i) for i in range(number // 9 % 5)]
+            reason = FinishReason.LENGTH if number % 31 == 0 and ahead <= 0 else None
+            return committed(len(PROMPT) + start, *tokens, epoch=epoch, reason=reason)
+        if kind is Refused:
+            return refused(list(RejectionCode)[number % len(RejectionCode)], epoch=epoch)
+        if kind is DrafterAttached:
+            self.bindings_made += 1
+            return DrafterAttached(self.bindings_made, f"d{number % 3}")
+        binding = number % (self.bindings_made + 2)
+        events: dict[type, Event] = {
+            Placed: Placed(f"v{number % 9}"),
+            NotPlaced: NotPlaced("none"),
+            Opened: Opened(epoch),
+            VerifierLost: VerifierLost("reset"),
+            Silence: Silence(),
+            DrafterGone: DrafterGone(binding, refused=number % 5 == 0),
+            DrafterAvailable: DrafterAvailable(),
+            DrafterGap: DrafterGap(binding, epoch, len(PROMPT) - 1 + number % 12),
+            ClientGone: ClientGone(),
+        }
+        return events[kind]
+
+
+# Those that end the session are rare, those that move it on are frequent.
+STORM = [
+    *[Placed, Opened, Committed] * 6,
+    *[Committed] * 6,
+    *[DrafterAttached, DrafterGone, DrafterGap, DrafterAvailable, Silence] * 2,
+    VerifierLost,
+    Refused,
+    NotPlaced,
+    ClientGone,
+]
+drawn_events = st.lists(
+    st.tuples(st.sampled_from(STORM), st.integers(0, 1 << 20)), min_size=5, max_size=60
+)
+thorough = settings(max_examples=400, deadline=None, derandomize=True)
+
+
+def storm(events: Sequence[tuple[type, int]]) -> World:
+    world = World()
+    world.obey(world.session.start())
+    world.happen(Placed("v0"))
+    for kind, number in events:
+        world.happen(world.event(kind, number))
+    world.happen(ClientGone())
+    assert world.ended
+    assert world.session.state is State.ENDED
+    for kind, number in events[:10]:
+        world.happen(world.event(kind, number))
+    return world
+
+
+@thorough
+@given(drawn_events)
+def test_no_storm_doubles_loses_or_leaks_anything(events: list[tuple[type, int]]) -> None:
+    storm(events)
+
+
+@thorough
+@given(drawn_events, st.integers(0, 60), st.integers(1, 5))
+def test_a_verifier_that_contradicts_itself_is_never_delivered(
+    events: list[tuple[type, int]], at: int, count: int
+) -> None:
+    world = World()
+    world.obey(world.session.start())
+    world.happen(Placed("v0"))
+    world.happen(Opened(1))
+    for kind, number in events[:at]:
+        world.happen(world.event(kind, number))
+    known = len(world.delivered)
+    if world.session.state is State.DECODING and known:
+        start = max(0, known - count)
+        wrong = [truth(index) + 1 for index in range(start, known + 1)]
+        world.happen(committed(len(PROMPT) + start, *wrong, epoch=world.session.epoch))
+        assert world.ended
+        assert len(world.delivered) == known
+
+
+def test_storms_get_somewhere() -> None:
+    """Else the properties above would hold of nothing."""
+    reached = {"many tokens": 0, "moved": 0, "attached": 0}
+
+    @thorough
+    @given(drawn_events)
+    def look(events: list[tuple[type, int]]) -> None:
+        world = storm(events)
+        reached["many tokens"] += len(world.delivered) > 10
+        reached["moved"] += len(world.epochs) > 1
+        reached["attached"] += world.session.bindings_made > 1
+
+    look()
+    assert all(count > 20 for count in reached.values()), reached
