@@ -206,6 +206,8 @@ class Driver:
 
     def _verifier_batch(self, link: VerifierLink, batch: VerifierBatch) -> None:
         now_s = time.monotonic()
+        if batch.step is not None:
+            link.step_s = batch.step.duration_s
         for number, epoch in batch.opened:
             generation = self._on(link, number)
             if generation is not None:

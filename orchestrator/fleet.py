@@ -43,6 +43,8 @@ class WorkerStatus:
     info: ModelInfo | None
     sessions: int
     incarnation: str
+    step_s: float
+    """Duration of a verifier's last step in seconds; 0 until known."""
 
 
 class Fleet:
@@ -165,7 +167,14 @@ class Fleet:
             if fault is not None:
                 state, reason = "refused", fault
         return WorkerStatus(
-            link.role, link.address, state, reason, link.info, len(link.sessions), link.incarnation
+            role=link.role,
+            address=link.address,
+            state=state,
+            reason=reason,
+            info=link.info,
+            sessions=len(link.sessions),
+            incarnation=link.incarnation,
+            step_s=link.step_s if isinstance(link, VerifierLink) else 0.0,
         )
 
 

@@ -100,6 +100,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 info=wire.model_info_to_pb(status.info) if status.info else None,
                 sessions=status.sessions,
                 incarnation=status.incarnation,
+                step_s=status.step_s,
             )
         return response
 

@@ -28,6 +28,7 @@ from outrider.domain import (
     Rejection,
     Resync,
     SessionSpec,
+    StepReport,
 )
 from outrider.errors import Mismatch, OutriderError
 from outrider.serving.server import CHANNEL_OPTIONS
@@ -68,6 +69,7 @@ class VerifierBatch:
     rejections: list[Rejection]
     commits: list[tuple[int, bytes, Commit, CommitReport]]
     """(session, the commit as it came, the same decoded, report)"""
+    step: StepReport | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -224,6 +226,8 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
         has_tokenizer: Callable[[ModelInfo], bool],
     ) -> None:
         super().__init__(address, orchestrator)
+        self.step_s = 0.0
+        """Duration of the last verify step; kept by the driver."""
         self._on_change, self._on_batch = on_change, on_batch
         self._on_tokenizer, self._has_tokenizer = on_tokenizer, has_tokenizer
 
@@ -283,6 +287,7 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
                 [(opened.session, opened.epoch) for opened in response.opened],
                 [wire.rejection_from_pb(rejection) for rejection in response.rejections],
                 commits,
+                wire.step_report_from_pb(response.step) if response.HasField("step") else None,
             ),
         )
 

@@ -141,17 +141,24 @@ def workers(endpoint: str, as_json: bool) -> None:
                         "model": worker.info.model if worker.info else None,
                         "sessions": worker.sessions,
                         "incarnation": worker.incarnation,
+                        "step_s": worker.step_s,
                     }
                     for worker in rows
                 ]
             )
         )
         return
-    table = Table("role", "address", "state", "model", "sessions", "reason", box=None)
+    table = Table("role", "address", "state", "model", "sessions", "step", "reason", box=None)
     for worker in rows:
         model = worker.info.model if worker.info else "?"
         table.add_row(
-            worker.role, worker.address, worker.state, model, str(worker.sessions), worker.reason
+            worker.role,
+            worker.address,
+            worker.state,
+            model,
+            str(worker.sessions),
+            f"{worker.step_s * 1e3:.0f} ms" if worker.step_s else "-",
+            worker.reason,
         )
     Console().print(table)
 

@@ -112,6 +112,8 @@ class Worker:
     info: ModelInfo | None
     sessions: int
     incarnation: str
+    step_s: float
+    """Duration of a verifier's last step in seconds; 0 until known."""
 
 
 class AsyncClient:
@@ -366,4 +368,5 @@ def _worker(status: generation_pb2.WorkerStatus) -> Worker:
         wire.model_info_from_pb(status.info) if status.HasField("info") else None,
         status.sessions,
         status.incarnation,
+        status.step_s,
     )

@@ -87,16 +87,6 @@ class ModelInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class WorkerInfo:
-    """What a worker answers to GetModelInfo."""
-
-    info: ModelInfo
-    incarnation: str
-    draining: bool
-    sessions_max: int
-
-
-@dataclass(frozen=True, slots=True)
 class Draft:
     """A token tree rooted at the committed prefix of `base_length` tokens.
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import get_args
@@ -720,55 +721,50 @@ class World:
 
 # Those that end the session are rare, those that move it on are frequent.
 STORM = [
-    *[Placed, Opened, Committed] * 6,
-    *[Committed] * 6,
+    *[Placed, Opened, Committed] * 8,
+    *[Committed] * 12,
     *[DrafterAttached, DrafterGone, DrafterGap, DrafterAvailable, Silence] * 2,
-    VerifierLost,
+    *[VerifierLost] * 2,
     Refused,
     NotPlaced,
     ClientGone,
 ]
-drawn_events = st.lists(
-    st.tuples(st.sampled_from(STORM), st.integers(0, 1 << 20)), min_size=5, max_size=60
-)
+# Drawn from a seed: hypothesis itself would prefer short storms of small numbers.
+storms = given(seed=st.integers(0, 1 << 32), count=st.integers(1, 80))
 thorough = settings(max_examples=400, deadline=None, derandomize=True)
 
 
-def storm(events: Sequence[tuple[type, int]]) -> World:
-    world = World()
-    world.obey(world.session.start())
-    world.happen(Placed("v0"))
-    for kind, number in events:
-        world.happen(world.event(kind, number))
-    world.happen(ClientGone())
-    assert world.ended
-    assert world.session.state is State.ENDED
-    for kind, number in events[:10]:
-        world.happen(world.event(kind, number))
-    return world
-
-
-@thorough
-@given(drawn_events)
-def test_no_storm_doubles_loses_or_leaks_anything(events: list[tuple[type, int]]) -> None:
-    storm(events)
-
-
-@thorough
-@given(drawn_events, st.integers(0, 60), st.integers(1, 5))
-def test_a_verifier_that_contradicts_itself_is_never_delivered(
-    events: list[tuple[type, int]], at: int, count: int
-) -> None:
+def storm(seed: int, count: int) -> tuple[World, random.Random]:
+    chance = random.Random(seed)
     world = World()
     world.obey(world.session.start())
     world.happen(Placed("v0"))
     world.happen(Opened(1))
-    for kind, number in events[:at]:
-        world.happen(world.event(kind, number))
+    for _ in range(count):
+        world.happen(world.event(chance.choice(STORM), chance.getrandbits(30)))
+    return world, chance
+
+
+@thorough
+@storms
+def test_no_storm_doubles_loses_or_leaks_anything(seed: int, count: int) -> None:
+    world, chance = storm(seed, count)
+    world.happen(ClientGone())
+    assert world.ended
+    assert world.session.state is State.ENDED
+    for kind in get_args(Event):
+        world.happen(world.event(kind, chance.getrandbits(30)))
+
+
+@thorough
+@storms
+def test_a_verifier_that_contradicts_itself_is_not_believed(seed: int, count: int) -> None:
+    world, chance = storm(seed, count)
     known = len(world.delivered)
     if world.session.state is State.DECODING and known:
-        start = max(0, known - count)
-        wrong = [truth(index) + 1 for index in range(start, known + 1)]
+        start = max(0, known - chance.randint(1, 5))
+        wrong = [truth(index) for index in range(start, known + 2)]
+        wrong[chance.randrange(known - start)] += 1
         world.happen(committed(len(PROMPT) + start, *wrong, epoch=world.session.epoch))
         assert world.ended
         assert len(world.delivered) == known
@@ -776,15 +772,8 @@ def test_a_verifier_that_contradicts_itself_is_never_delivered(
 
 def test_storms_get_somewhere() -> None:
     """Else the properties above would hold of nothing."""
-    reached = {"many tokens": 0, "moved": 0, "attached": 0}
-
-    @thorough
-    @given(drawn_events)
-    def look(events: list[tuple[type, int]]) -> None:
-        world = storm(events)
-        reached["many tokens"] += len(world.delivered) > 10
-        reached["moved"] += len(world.epochs) > 1
-        reached["attached"] += world.session.bindings_made > 1
-
-    look()
-    assert all(count > 20 for count in reached.values()), reached
+    worlds = [storm(seed, 60)[0] for seed in range(200)]
+    assert sum(len(world.delivered) > 10 for world in worlds) > 50
+    assert sum(len(world.epochs) > 1 for world in worlds) > 50
+    assert sum(world.session.bindings_made > 1 for world in worlds) > 50
+    assert sum(world.ended for world in worlds) < 150
