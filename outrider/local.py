@@ -118,6 +118,8 @@ class LocalFleet:
 
     def _start(self) -> None:
         config = self._config
+        if config.port is not None:
+            _require_free(config.port)
         self.log_dir.mkdir(parents=True, exist_ok=True)
         for model in dict.fromkeys(m for m in (config.model, config.draft_model) if m):
             self._fetch(model)
@@ -227,6 +229,19 @@ def _free_port() -> int:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]
         return port
+
+
+def _require_free(port: int) -> None:
+    """Raise `ConfigError` if somebody listens there, such as another fleet.
+
+    Its orchestrator would answer for ours, which cannot start.
+    """
+    with socket.socket() as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise ConfigError(f"port {port} cannot be used: {error.strerror}") from error
 
 
 def _tail(path: Path) -> str:

@@ -376,6 +376,7 @@ async def test_a_verifier_that_is_full_says_so():
         assert (rejection.session, rejection.code) == (2, RejectionCode.EXHAUSTED)
         assert rejection.message == "the verifier has its 1 sessions; try again later"
         assert await stream.until_finished(1) == IDS[:16]
+        stream.rejections.clear()
         await stream.open(session(2, PROMPT))  # there is room again
         assert await stream.until_finished(2) == IDS[:16]
 

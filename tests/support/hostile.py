@@ -45,13 +45,15 @@ IDS_ONLY = ModelInfo(
 
 
 @contextlib.asynccontextmanager
-async def _served(add: Callable[[grpc.aio.Server], None]) -> AsyncIterator[str]:
+async def _served(
+    add: Callable[[grpc.aio.Server], None],
+) -> AsyncIterator[tuple[str, grpc.aio.Server]]:
     server = grpc.aio.server(options=(*_UNLIMITED, ("grpc.so_reuseport", 0)))
     add(server)
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        yield f"127.0.0.1:{port}"
+        yield f"127.0.0.1:{port}", server
     finally:
         await server.stop(0)
 
@@ -158,8 +160,11 @@ class ScriptedDrafter(
                 known.log.append(commit.tokens[overlap:])
                 changed[row.session] = known
         for unbind in request.unbinds:
-            views.pop(unbind.session, None)
-            changed.pop(unbind.session, None)
+            known = views.get(unbind.session)
+            # A newer attachment may have come with the same message.
+            if known is not None and known.spec.binding <= unbind.binding:
+                del views[unbind.session]
+                changed.pop(unbind.session, None)
         return list(changed.values())
 
     def _add(self, response: drafter_pb2.ProposeResponse, view: View, sent: Sent) -> None:
@@ -185,6 +190,7 @@ class RunningScript:
 
     address: str
     drafter: ScriptedDrafter
+    server: grpc.aio.Server
 
 
 @contextlib.asynccontextmanager
@@ -198,8 +204,8 @@ async def scripted_drafter(
         drafter_pb2_grpc.add_DrafterServiceServicer_to_server(drafter, server)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(drafter, server)
 
-    async with _served(add) as address:
-        yield RunningScript(address, drafter)
+    async with _served(add) as (address, server):
+        yield RunningScript(address, drafter, server)
 
 
 # --- strategies -------------------------------------------------------------------------------
@@ -389,6 +395,8 @@ class Tamper:
     """Deliver every message from the worker, and every commit to it, twice."""
     delay_s: float = 0.0
     """Every message in either direction takes this much longer."""
+    hangs: bool = False
+    """Nothing more comes from the worker, until this is False again."""
     commits_lost: int = 0
     resyncs: int = 0
     ended: set[int] = field(default_factory=set)
@@ -488,6 +496,8 @@ class VerifierRelay(
                 yield request
 
         async for response in self._verifier.Verify(requests()):
+            while tamper.hangs:  # noqa: ASYNC110 - a flag is plainer for tests than an event
+                await asyncio.sleep(0.01)
             rows = tamper.commits(response.commits)
             del response.commits[:]
             response.commits.extend(rows)
@@ -505,7 +515,7 @@ async def drafter_relay(upstream: str, tamper: Tamper) -> AsyncIterator[str]:
             drafter_pb2_grpc.add_DrafterServiceServicer_to_server(relay, server)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(relay, server)
 
-        async with _served(add) as address:
+        async with _served(add) as (address, _):
             yield address
 
 
@@ -519,5 +529,5 @@ async def verifier_relay(upstream: str, tamper: Tamper) -> AsyncIterator[str]:
             verifier_pb2_grpc.add_VerifierServiceServicer_to_server(relay, server)
             worker_pb2_grpc.add_WorkerServiceServicer_to_server(relay, server)
 
-        async with _served(add) as address:
+        async with _served(add) as (address, _):
             yield address

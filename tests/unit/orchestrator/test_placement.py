@@ -89,13 +89,13 @@ def test_a_drafter_of_other_ids_is_told_why_and_what_to_do() -> None:
 def test_different_kinds_come_first_then_the_least_loaded() -> None:
     views = [
         view("lookup", drafter("lookup", None, proposer="lookup"), sessions=9),
-        view("lm-1", drafter("small"), sessions=1),
-        view("lm-2", drafter("small"), sessions=2),
+        view("lm-2", drafter("small"), sessions=1),
+        view("lm-1", drafter("small"), sessions=2),
         view("lm-3", drafter("tiny"), sessions=5),
         view("foreign", drafter("foreign", "others")),
     ]
-    assert addresses(choose_drafters(views, TARGET, 9, ())) == ["lm-1", "lm-3", "lookup", "lm-2"]
-    assert addresses(choose_drafters(views, TARGET, 2, ())) == ["lm-1", "lm-3"]
-    assert addresses(choose_drafters(views, TARGET, 2, {"lm-1"})) == ["lm-2", "lm-3"]
+    assert addresses(choose_drafters(views, TARGET, 9, ())) == ["lm-2", "lm-3", "lookup", "lm-1"]
+    assert addresses(choose_drafters(views, TARGET, 2, ())) == ["lm-2", "lm-3"]
+    assert addresses(choose_drafters(views, TARGET, 2, {"lm-2"})) == ["lm-1", "lm-3"]
     assert choose_drafters(views, TARGET, 0, ()) == []
     assert choose_drafters([], TARGET, 3, ()) == []
