@@ -33,6 +33,7 @@ from outrider.domain import BindSpec, Commit, DraftBudget, Rejection, RejectionC
 from outrider.serving.queues import Inbox
 
 _IDLE_WAIT_S = 0.5
+_RESYNC_AGAIN_S = 1.0
 
 _log = logging.getLogger(__name__)
 
@@ -228,10 +229,12 @@ class Grower:
             self._close(mirror)
 
     def _ask_repeat(self, mirror: Mirror) -> None:
-        length = len(mirror.log)
-        if mirror.resync_length == length:
+        length, now_s = len(mirror.log), time.monotonic()
+        asked = mirror.resync_asked
+        # Each commit that follows shows the gap again; the answer may be lost as well.
+        if asked is not None and asked[0] == length and now_s - asked[1] < _RESYNC_AGAIN_S:
             return
-        mirror.resync_length = length
+        mirror.resync_asked = length, now_s
         spec = mirror.spec
         self._to(mirror.connection).resyncs.append(
             Resync(spec.session, spec.epoch, length, spec.binding)

@@ -34,8 +34,8 @@ class Mirror:
         """Nodes that were attached since the last flush."""
         self.flushed_s = -math.inf
         """When the last draft left, on the growing thread's clock."""
-        self.resync_length: int | None = None
-        """Length for which a resync is outstanding."""
+        self.resync_asked: tuple[int, float] | None = None
+        """Length for which a resync is outstanding, and when it was asked for."""
 
     @property
     def key(self) -> tuple[int, int]:
@@ -73,7 +73,7 @@ class Mirror:
         if known < 0:
             raise GapError
         tokens = commit.tokens[known:]
-        self.resync_length = None
+        self.resync_asked = None
         if not tokens:
             return None
         self.log.append(tokens)

@@ -5,6 +5,7 @@
     │   └── UnknownModel     nobody serves the model asked for             NOT_FOUND
     ├── Exhausted            no room now; try again later                  RESOURCE_EXHAUSTED
     ├── Unavailable          no worker could be reached                    UNAVAILABLE
+    │   └── RegistryUnavailable   Redis could not                          (degrades, never fatal)
     ├── StaleEpoch           somebody else holds the session now           ABORTED
     ├── Mismatch             fingerprints or versions do not fit           FAILED_PRECONDITION
     ├── ModelLoadError       a model cannot be loaded or addressed         (start-up)
@@ -39,6 +40,10 @@ class Exhausted(OutriderError):
 
 class Unavailable(OutriderError):
     """No worker could be reached that would serve the request."""
+
+
+class RegistryUnavailable(Unavailable):
+    """Redis cannot be reached, is too slow, or refuses what it is asked."""
 
 
 class StaleEpoch(OutriderError):

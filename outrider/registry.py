@@ -29,7 +29,7 @@ from redis.backoff import NoBackoff
 from redis.exceptions import RedisError
 from redis.maint_notifications import MaintNotificationsConfig
 
-from outrider.errors import ConfigError, OutriderError
+from outrider.errors import ConfigError, RegistryUnavailable
 
 logger = logging.getLogger(__name__)
 
@@ -78,10 +78,6 @@ redis.call('DEL', KEYS[2])
 redis.call('ZREM', KEYS[1], ARGV[1])
 return 1
 """
-
-
-class RegistryUnavailable(OutriderError):  # noqa: N818 - named like those in outrider.errors
-    """Redis cannot be reached, is too slow, or refuses what it is asked."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -335,7 +335,7 @@ def bind_from_pb(message: drafter_pb2.BindSession) -> BindSpec:
         seed=message.seed,
         tokenizer_fingerprint=message.tokenizer_fingerprint,
         vocabulary_size=message.vocabulary_size,
-        budget=budget_from_pb(message.budget),
+        budget=budget_from_pb(message.budget) if message.HasField("budget") else DraftBudget(),
     )
 
 

@@ -25,6 +25,9 @@ KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 
 _LOGPROB_MAX = math.log(0.99)
 
+_DURATION_MIN_S = 1e-6
+"""A clock may stand still for a tiny step; T is divided by."""
+
 _OUTLIER = 2.0
 """A sample counts at most as this multiple of what was expected: one hiccup is forgotten."""
 
@@ -42,7 +45,8 @@ class StepTimes:
         self._curve: list[tuple[int, float]] = []
 
     def observe(self, tokens: int, duration_s: float) -> None:
-        """Learn from one step."""
+        """Learn from one step of at least one token."""
+        duration_s = max(duration_s, _DURATION_MIN_S)
         knot = min(KNOTS, key=lambda size: abs(math.log(size / tokens)))
         # Moved to the knot along the present curve, so that the knot's neighbours do not blur it.
         if self._curve:

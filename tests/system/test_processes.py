@@ -216,12 +216,11 @@ def test_the_command_stops_cleanly_when_asked(tmp_path):
     with local_command(tmp_path, port) as process, Client(f"127.0.0.1:{port}") as client:
 
         def ready() -> bool:
-            assert process.poll() is None, (tmp_path / "output").read_text()
-            with contextlib.suppress(Unavailable):
-                return sum(worker.state == "ready" for worker in client.workers()) == 3
-            return False
+            output = (tmp_path / "output").read_text()
+            assert process.poll() is None, output
+            return f"try: outrider chat --endpoint 127.0.0.1:{port}" in output
 
-        wait_until(ready, "the fleet is ready")
+        wait_until(ready, "the fleet says that it is ready")
         pids = children_of(process.pid)
         events = client.generate(request(CASES[0]))
         next(events)
@@ -252,10 +251,9 @@ def test_a_fleet_does_not_outlive_its_parent(tmp_path):
     "arguments",
     [
         ["verifier_service", "--model", "/no/such/dir"],
-        ["verifier_service", "--model", "random:tiny?layers=none"],
         ["drafter_service", "--proposer", "language-model", "--model", "/no/such/dir"],
     ],
-    ids=["verifier", "random", "drafter"],
+    ids=["verifier", "drafter"],
 )
 def test_a_model_path_that_does_not_exist(arguments, tmp_path):
     result = subprocess.run(
