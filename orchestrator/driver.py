@@ -207,7 +207,7 @@ class Driver:
     def _verifier_batch(self, link: VerifierLink, batch: VerifierBatch) -> None:
         now_s = time.monotonic()
         if batch.step is not None:
-            link.step_s = batch.step.duration_s
+            link.step_s, link.stepped_s = batch.step.duration_s, now_s
         for number, epoch in batch.opened:
             generation = self._on(link, number)
             if generation is not None:
@@ -299,7 +299,10 @@ class Driver:
             await asyncio.sleep(config.sweep_interval_s)
             now_s = time.monotonic()
             for generation in list(self._generations.values()):
-                silent_s = now_s - generation.progress_s
+                link = self._fleet.verifiers.get(generation.session.verifier or "")
+                # A long prompt commits nothing for a while, but its verifier takes steps.
+                stepped_s = link.stepped_s if link is not None else 0.0
+                silent_s = now_s - max(generation.progress_s, stepped_s)
                 if silent_s > config.verifier_timeout_s:
                     generation.progress_s = generation.heard_s = now_s
                     self._step(generation, VerifierLost(f"no progress for {silent_s:.0f} s"))

@@ -228,6 +228,8 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
         super().__init__(address, orchestrator)
         self.step_s = 0.0
         """Duration of the last verify step; kept by the driver."""
+        self.stepped_s = 0.0
+        """When it was heard of, on the driver's clock."""
         self._on_change, self._on_batch = on_change, on_batch
         self._on_tokenizer, self._has_tokenizer = on_tokenizer, has_tokenizer
 

@@ -280,6 +280,8 @@ class Engine:
             except Exception:
                 _log.exception("commit failed; its session ends")
                 self._fail(plan.session)
+        # To those in prefill too: a step is a sign of life.
+        for plan in plans:
             self._to(plan.session.connection).step = report
 
     def _fail(self, session: Session) -> None:

@@ -108,6 +108,7 @@ class ScriptedDrafter(
         self.drafts_sent = 0
         self.commits_seen = 0
         self.gaps_seen = 0
+        self.repeats_seen = 0
         self.binds: list[BindSpec] = []
         self._strategy = strategy
         self._info = info
@@ -154,9 +155,9 @@ class ScriptedDrafter(
                 continue
             self.commits_seen += 1
             overlap = len(known.log) - commit.base_length
-            if overlap < 0:
-                self.gaps_seen += 1
-            elif commit.tokens[overlap:]:
+            self.gaps_seen += overlap < 0
+            self.repeats_seen += overlap > 0
+            if overlap >= 0 and commit.tokens[overlap:]:
                 known.log.append(commit.tokens[overlap:])
                 changed[row.session] = known
         for unbind in request.unbinds:
