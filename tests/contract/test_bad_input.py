@@ -5,7 +5,6 @@ Requests go out as protobuf, past the checks of our own client, while another se
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import math
 import re
@@ -34,7 +33,7 @@ from outrider.v1 import (
     verifier_pb2,
     verifier_pb2_grpc,
 )
-from tests.support.cases import answers
+from tests.support.cases import answers, listen
 from tests.support.fleet import (
     DRAFT,
     TARGET,
@@ -57,7 +56,7 @@ pytestmark = pytest.mark.asyncio(loop_scope="module")
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT
 
-BYSTANDER = Case(tuple(b"Somebody else's prompt"), 24, temperature=0.8, top_p=0.95, seed=5)
+BYSTANDER = Case(tuple(b"Somebody else's prompt"), 128, temperature=0.8, top_p=0.95, seed=5)
 
 
 @dataclass(frozen=True, slots=True)
@@ -82,17 +81,14 @@ async def scene() -> AsyncIterator[Scene]:
 
 @contextlib.asynccontextmanager
 async def undisturbed(scene: Scene) -> AsyncIterator[None]:
-    """Somebody else generates meanwhile: it was under way all the time, and got what it should."""
-    call = asyncio.create_task(answers(scene.running.client, [BYSTANDER]))
-
-    async def started() -> bool:
-        return scene.target.engine.load == 1
-
-    await until(started, what="the bystander's session")
+    """Somebody else generates before, meanwhile and after, and gets what it should."""
+    bystander = listen(scene.running.client, replace(BYSTANDER, tokens_max=1_500))
+    await bystander.until_ids(2)
     yield
-    assert not call.done(), "it was over before the bad input came"
-    (found,) = await call
-    assert found.token_ids == scene.expected
+    await bystander.until_ids(len(bystander.ids) + 6)
+    heard = tuple(bystander.ids[: BYSTANDER.tokens_max])
+    assert heard == scene.expected[: len(heard)]
+    await bystander.close()
 
 
 async def refused(address: str, message: generation_pb2.GenerateRequest) -> grpc.aio.AioRpcError:

@@ -335,16 +335,16 @@ async def test_the_end_of_a_stream_frees_its_sessions():
     async with verifier(load(TARGET), config=SLOW) as slow:
         async with verifier_stream(slow.address) as other:
             async with verifier_stream(slow.address) as stream:
-                await stream.open(session(1, PROMPT), session(2, PROMPT))
-                await other.open(session(3, PROMPT))
+                await stream.open(*(session(n, PROMPT, tokens_max=1_500) for n in (1, 2)))
+                await other.open(session(3, PROMPT, tokens_max=64))
                 await stream.until(lambda: {1, 2} <= stream.commits.keys())
 
             async def freed() -> bool:
                 return slow.engine.load == 1
 
             await until(freed, what="only the other's session is left")
-            assert slow.engine.kv_tokens_in_use == len(PROMPT) + 16
-            assert await other.until_finished(3) == IDS[:16]
+            assert slow.engine.kv_tokens_in_use == len(PROMPT) + 64
+            assert await other.until_finished(3) == IDS
         assert slow.engine.kv_tokens_in_use == 0
 
 

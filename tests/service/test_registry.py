@@ -150,6 +150,12 @@ async def test_records_expire_and_so_does_every_key(registry: Registry, raw: Red
     assert await raw.zcard(INDEX) == 1  # Whoever publishes sweeps.
 
 
+async def test_the_index_alone_says_who_has_expired(registry: Registry, raw: Redis) -> None:
+    await registry.publish(VERIFIER)
+    await raw.zadd(INDEX, {"verifier:v-1": 1})
+    assert await registry.workers() == []
+
+
 async def test_withdrawing(registry: Registry, raw: Redis) -> None:
     await registry.publish(VERIFIER)
     assert await registry.withdraw(VERIFIER)
@@ -278,6 +284,15 @@ async def test_calls_fail_clearly_while_redis_is_away(registry: Registry, server
     assert await registry.workers() == []
 
 
+async def test_a_restart_between_two_calls_is_not_noticed(
+    registry: Registry, server: Server
+) -> None:
+    await registry.publish(VERIFIER)
+    server.stop()
+    server.start()
+    assert await registry.workers() == []
+
+
 async def test_a_silent_redis_costs_the_timeout_at_most() -> None:
     async def say_nothing(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         await reader.read()
@@ -285,11 +300,12 @@ async def test_a_silent_redis_costs_the_timeout_at_most() -> None:
 
     async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as silent:
         port = silent.sockets[0].getsockname()[1]
-        registry = Registry(f"redis://127.0.0.1:{port}", timeout_s=0.2)
+        registry = Registry(f"redis://127.0.0.1:{port}", timeout_s=1.0)
         before_s = time.monotonic()
         with pytest.raises(RegistryUnavailable):
             await registry.workers()
-        assert time.monotonic() - before_s < 1.0
+        # As a whole: not for each attempt.
+        assert time.monotonic() - before_s < 1.8
         await registry.close()
 
 

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import AsyncGenerator, Sequence
 from dataclasses import replace
 from typing import Any
 
-from outrider.client import AsyncClient, Completion, Request
+from outrider.client import AsyncClient, Completion, Delta, Event, Finished, Request, Started
 from outrider.domain import BindSpec, SpeculationCounters
 from tests.support.hostile import Truth
 from tests.support.reference import Case, Expected
@@ -112,3 +112,45 @@ def truth_of(wanted: Sequence[Case], expected: Sequence[Expected]) -> Truth:
 
 def _key(prompt: tuple[int, ...], temperature: float, seed: int) -> tuple[object, ...]:
     return prompt, temperature, seed
+
+
+class Listener:
+    """One generation, event by event."""
+
+    def __init__(self, events: AsyncGenerator[Event]) -> None:
+        self._events = events
+        self.ids: list[int] = []
+        self.sources: list[int] = []
+        self.started: Started | None = None
+        self.finished: Finished | None = None
+
+    async def close(self) -> None:
+        """Leave."""
+        await self._events.aclose()
+
+    async def until_ids(self, count: int) -> None:
+        """Listen until so many ids have come."""
+        while len(self.ids) < count:
+            self._take(await anext(self._events))
+
+    async def until_end(self) -> Finished:
+        """Listen to the end."""
+        async for event in self._events:
+            self._take(event)
+        assert self.finished is not None
+        return self.finished
+
+    def _take(self, event: Event) -> None:
+        match event:
+            case Started():
+                self.started = event
+            case Delta():
+                self.ids.extend(event.token_ids)
+                self.sources.extend(event.sources)
+            case Finished():
+                self.finished = event
+
+
+def listen(client: AsyncClient, case: Case) -> Listener:
+    """Begin one generation."""
+    return Listener(client.generate(request(case), timeout_s=60))

@@ -398,6 +398,8 @@ class Tamper:
     """Every message in either direction takes this much longer."""
     hangs: bool = False
     """Nothing more comes from the worker, until this is False again."""
+    opens: list[verifier_pb2.OpenSession] = field(default_factory=list)
+    """Sessions that the verifier was asked to open."""
     commits_lost: int = 0
     resyncs: int = 0
     ended: set[int] = field(default_factory=set)
@@ -492,6 +494,7 @@ class VerifierRelay(
 
         async def requests() -> AsyncIterator[verifier_pb2.VerifyRequest]:
             async for request in request_iterator:
+                tamper.opens += request.opens
                 tamper.resyncs += len(request.resyncs)
                 await asyncio.sleep(tamper.delay_s)
                 yield request

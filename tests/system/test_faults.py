@@ -4,16 +4,15 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import AsyncIterator
 from dataclasses import replace
 
 import pytest
 
 from orchestrator.config import DriverConfig
-from outrider.client import AsyncClient, Delta, Event, Finished, Request, Started
+from outrider.client import AsyncClient, Request
 from outrider.domain import FinishReason
 from outrider.errors import OutriderError, Unavailable
-from tests.support.cases import SAMPLED, answers, request, totals, truth_of
+from tests.support.cases import SAMPLED, answers, listen, request, totals, truth_of
 from tests.support.fleet import (
     DRAFT,
     TARGET,
@@ -44,45 +43,10 @@ CASES = [
     Case(tuple(b"A different story"), 96, ignore_eos=True, seed=3, **SAMPLED),
 ]
 EXPECTED = [expect(TARGET, case) for case in CASES]
+LONG = replace(CASES[1], tokens_max=1_500)
+"""Does not end by itself while a test lasts."""
 ORACLE = oracle(truth_of(CASES, EXPECTED), depth=3)
 """Knows everything, but does not say much at a time, so that there is a middle of the stream."""
-
-
-class Listener:
-    """One generation, event by event."""
-
-    def __init__(self, events: AsyncIterator[Event]) -> None:
-        self._events = events
-        self.ids: list[int] = []
-        self.sources: list[int] = []
-        self.started: Started | None = None
-        self.finished: Finished | None = None
-
-    async def until_ids(self, count: int) -> None:
-        """Listen until so many ids have come."""
-        while len(self.ids) < count:
-            self._take(await anext(self._events))
-
-    async def until_end(self) -> Finished:
-        """Listen to the end."""
-        async for event in self._events:
-            self._take(event)
-        assert self.finished is not None
-        return self.finished
-
-    def _take(self, event: Event) -> None:
-        match event:
-            case Started():
-                self.started = event
-            case Delta():
-                self.ids.extend(event.token_ids)
-                self.sources.extend(event.sources)
-            case Finished():
-                self.finished = event
-
-
-def listen(client: AsyncClient, case: Case) -> Listener:
-    return Listener(client.generate(request(case), timeout_s=60))
 
 
 def check(case: Case, ids: list[int]) -> None:
@@ -103,7 +67,7 @@ async def freed(*workers: RunningVerifier | RunningDrafter) -> None:
             for worker in workers
         )
 
-    await until(empty, what="nothing is held", timeout_s=5)
+    await until(empty, what="nothing is held", timeout_s=4)
 
 
 # --- drafters ---------------------------------------------------------------------------------
@@ -224,7 +188,7 @@ async def test_a_client_that_leaves_frees_both_fleets():
             orchestrator([target.address], [first.address, second.address])
         )
         stays = listen(fleet.client, CASES[0])
-        leaves = fleet.client.generate(request(CASES[1]))
+        leaves = fleet.client.generate(request(LONG))
         for _ in range(5):
             await anext(leaves)
         await stays.until_ids(2)
@@ -270,7 +234,7 @@ async def test_a_deadline_frees_everything():
         helper = await stack.enter_async_context(drafter(lookup()))
         fleet = await stack.enter_async_context(orchestrator([target.address], [helper.address]))
         with pytest.raises(Unavailable):
-            await fleet.client.complete(request(CASES[0]), timeout_s=0.3)
+            await fleet.client.complete(request(LONG), timeout_s=0.3)
         await freed(target, helper)
         assert fleet.driver.load == 0
 
@@ -321,10 +285,15 @@ async def test_a_verifier_that_hangs_is_replaced():
         tamper.hangs = True
         # It is the only one until now.
         spare = await stack.enter_async_context(verifier(load(TARGET), config=ENGINE))
-        fleet.fleet.update(verifiers=[spare.address], drafters=[])
+        record = Tamper()
+        to_spare = await stack.enter_async_context(verifier_relay(spare.address, record))
+        fleet.fleet.update(verifiers=[to_spare], drafters=[])
         await listener.until_end()
         check(case, listener.ids)
-        assert spare.engine.steps > 0
+        (again,) = record.opens
+        assert (again.epoch, tuple(again.prompt)) == (2, case.prompt)
+        assert len(again.committed) >= 20  # delivered once, never computed again
+        assert tuple(again.committed) == EXPECTED[0].ids[: len(again.committed)]
         tamper.hangs = False
         await freed(hanging, spare)
 
@@ -404,14 +373,14 @@ async def test_an_orchestrator_that_stops_aborts_what_it_has():
                 orchestrator([target.address], [helper.address])
             )
             client = await stack.enter_async_context(AsyncClient(fleet.address))
-            listener = listen(client, CASES[0])
+            listener = listen(client, LONG)
             survivor = listen(other.client, CASES[1])
             await listener.until_ids(8)
             await survivor.until_ids(8)
         with pytest.raises(OutriderError) as caught:
             await listener.until_end()
         assert isinstance(caught.value, Unavailable)
-        assert tuple(listener.ids) == EXPECTED[0].ids[: len(listener.ids)]
+        assert tuple(listener.ids[:96]) == EXPECTED[1].ids[: len(listener.ids)]
         # The other orchestrator's session on the same workers is left alone.
         await survivor.until_end()
         check(CASES[1], survivor.ids)

@@ -80,7 +80,12 @@ def children_of(parent: int) -> set[int]:
 
 def assert_gone(pids: set[int]) -> None:
     assert len(pids) >= 5  # four services and Redis
-    wait_until(lambda: not any(stat_of(pid) for pid in pids), "the processes have ended", 15)
+    try:
+        wait_until(lambda: not any(stat_of(pid) for pid in pids), "the processes have ended", 15)
+    finally:
+        for pid in pids:
+            if stat_of(pid):  # a test that fails must not leave them behind either
+                os.kill(pid, signal.SIGKILL)
 
 
 def check(case: Case, ids: list[int]) -> None:

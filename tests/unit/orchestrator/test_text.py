@@ -175,6 +175,13 @@ def test_first_space_of_sentencepiece_is_kept() -> None:
     assert codec.decode(ids) == " the stop"
 
 
+def test_a_decoder_that_strips_the_end_goes_through_a_window() -> None:
+    tokenizer = sentencepiece()
+    steps = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    tokenizer.decoder = decoders.Sequence([*steps, decoders.Strip(" ", 0, 1)])
+    assert isinstance(TextCodec(tokenizer).detokenizer(), WindowDetokenizer)
+
+
 def test_metaspace_decoder() -> None:
     tokenizer = sentencepiece(byte_fallback=False, decoder="metaspace")
     codec = TextCodec(tokenizer)
