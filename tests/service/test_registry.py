@@ -16,13 +16,12 @@ import pytest
 from redis.asyncio import Redis
 
 from outrider import redis_server
-from outrider.errors import ConfigError, OutriderError
+from outrider.errors import ConfigError, OutriderError, RegistryUnavailable
 from outrider.processes import spawn, stop
 from outrider.redis_server import start_redis
 from outrider.registry import (
     WORKERS_MAX,
     Registry,
-    RegistryUnavailable,
     WorkerPublisher,
     WorkerRecord,
     WorkerWatch,
