@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 
 from drafter_service.config import DrafterConfig
 from drafter_service.growing import Grower
@@ -19,7 +21,9 @@ _log = logging.getLogger(__name__)
 
 async def serve(config: DrafterConfig) -> None:
     """Run until asked to stop. Raises `ModelLoadError` or `ConfigError` at start."""
-    proposer = _proposer(config)
+    # One thread for loading and stepping; outrider.model.threads says why.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="proposer")
+    proposer = await asyncio.get_running_loop().run_in_executor(thread, _proposer, config)
     info = proposer.info
     _log.info("proposer %s, model %s", info.proposer, info.model)
     incarnation = secrets.token_hex(16)
@@ -28,7 +32,7 @@ async def serve(config: DrafterConfig) -> None:
     )
     grower = Grower(proposer, config.growing, service.emit)
     service.attach(grower)
-    grower.start()
+    grower.start(thread)
     server = Server(SERVICE_NAMES, host=config.host, port=config.port)
     service.register(server)
 

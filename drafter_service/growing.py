@@ -11,9 +11,9 @@ session's flush interval.
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import replace
 
 from drafter_service.config import GrowingConfig
@@ -55,22 +55,26 @@ class Grower:
         self._mirrors: dict[tuple[int, int], Mirror] = {}
         self._outputs: dict[int, Outputs] = {}
         self._draining = False
-        self._thread = threading.Thread(target=self._run, name="grow", daemon=True)
+        self._thread: Executor | None = None
+        self._ended_run: Future[None] | None = None
 
     # --- called from other threads ---
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+    def start(self, thread: Executor | None = None) -> None:
+        """Start the loop on `thread`, the one that loaded the model, or on a new one."""
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="grow")
+        self._ended_run = self._thread.submit(self._run)
 
     def submit(self, command: Command) -> None:
         """Queue a command."""
         self._inbox.put(command)
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """End the thread after the step under way."""
+        """End the loop after the step under way, and its thread."""
         self._inbox.close()
-        self._thread.join(timeout_s)
+        if self._ended_run is not None and self._thread is not None:
+            self._ended_run.result(timeout_s)
+            self._thread.shutdown()
 
     @property
     def load(self) -> int:

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
+from concurrent.futures import ThreadPoolExecutor
 
 from outrider.model.info import model_info
+from outrider.model.language_model import LanguageModel
 from outrider.model.loading import load_language_model
 from outrider.model.threads import set_threads
 from outrider.registry import WorkerRecord, published
@@ -21,10 +23,10 @@ _log = logging.getLogger(__name__)
 
 async def serve(config: VerifierConfig) -> None:
     """Run until asked to stop. Raises `ModelLoadError` or `ConfigError` at start."""
-    set_threads(config.threads)
-    model = load_language_model(
-        config.model, dtype=config.dtype, device=config.device, cache_dir=config.cache_dir
-    )
+    loop = asyncio.get_running_loop()
+    # See outrider.model.threads: one thread for all that torch does.
+    thread = ThreadPoolExecutor(1, thread_name_prefix="model")
+    model = await loop.run_in_executor(thread, _load, config)
     info = model_info(model)
     _log.info(
         "model %s, %s on %s, fingerprint %s",
@@ -43,8 +45,8 @@ async def serve(config: VerifierConfig) -> None:
     engine = Engine(model, config.engine, service.emit)
     service.attach(engine)
     if config.engine.warm_up:
-        await asyncio.to_thread(engine.warm_up, _report_warm_up)
-    engine.start()
+        await loop.run_in_executor(thread, engine.warm_up, _report_warm_up)
+    engine.start(thread)
     server = Server(SERVICE_NAMES, host=config.host, port=config.port)
     service.register(server)
 
@@ -71,6 +73,13 @@ async def serve(config: VerifierConfig) -> None:
         )
     finally:
         engine.stop()
+
+
+def _load(config: VerifierConfig) -> LanguageModel:
+    set_threads(config.threads)
+    return load_language_model(
+        config.model, dtype=config.dtype, device=config.device, cache_dir=config.cache_dir
+    )
 
 
 def _report_warm_up(done: int, total: int) -> None:

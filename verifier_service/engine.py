@@ -10,10 +10,10 @@ outputs leave through one callback. The engine knows nothing of gRPC, Redis or t
 from __future__ import annotations
 
 import logging
-import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
+from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
 from outrider.domain import (
@@ -94,13 +94,15 @@ class Engine:
         self._drafts_dropped = 0
         self._eos_ids = frozenset(model.eos_ids)
         self._admission = Admission(config, model.vocabulary_size, model.length_max)
-        self._thread = threading.Thread(target=self._run, name="verify", daemon=True)
+        self._thread: Executor | None = None
+        self._ended_run: Future[None] | None = None
 
     # --- called from other threads ---
 
-    def start(self) -> None:
-        """Start the thread."""
-        self._thread.start()
+    def start(self, thread: Executor | None = None) -> None:
+        """Start the loop on `thread`, the one that loaded the model, or on a new one."""
+        self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="verify")
+        self._ended_run = self._thread.submit(self._run)
 
     def submit(self, command: Command) -> None:
         """Queue a command; drafts are dropped when too many wait."""
@@ -108,9 +110,11 @@ class Engine:
             self._drafts_dropped += 1
 
     def stop(self, timeout_s: float = 30.0) -> None:
-        """End the thread after the step under way."""
+        """End the loop after the step under way, and its thread."""
         self._inbox.close()
-        self._thread.join(timeout_s)
+        if self._ended_run is not None and self._thread is not None:
+            self._ended_run.result(timeout_s)
+            self._thread.shutdown()
 
     @property
     def load(self) -> int:
