@@ -1,10 +1,8 @@
 """Weights in the layout that the CPU's matrix kernels want, reordered once at load.
 
 A pass over few tokens is bound by reading the weights. Products from plain row-major weights are
-slow exactly there, above all with 2 to 8 rows, which is where speculation lives: for the layers
-of SmolLM2-135M in float32 on two AVX2 cores, 49, 58 and 50 ms at 2, 4 and 8 rows, against 24, 29
-and 33 ms packed (1 row: 30 against 22). With packing the time is also monotone in the rows, so
-nothing is gained by padding a batch.
+slow exactly there, above all with 2 to 8 rows, which is where speculation lives. With packing the
+time also grows steadily with the rows, so nothing is gained by padding a batch.
 
 This uses the operators that torch's own compiler emits for CPU inference. They are not public,
 hence the one small module, the check for their presence, and torch's exact pin.

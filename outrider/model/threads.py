@@ -3,8 +3,8 @@
 Loading, warming up and stepping all happen on it. That keeps torch off the event loop, and it
 matters for speed: each thread that ever runs a parallel region gets an OpenMP team of its own,
 and as soon as all teams together have more threads than there are processors, libgomp stops
-spinning at barriers and sleeps. A model loaded on one thread and stepped on another took 60
-instead of 41 ms a step (SmolLM2-135M, float32, two cores).
+spinning at barriers and sleeps, so that a model loaded on one thread and stepped on another is
+markedly slower.
 """
 
 from __future__ import annotations
