@@ -23,6 +23,13 @@ TARGET_SOURCE = 0
 """Source number of the target itself; drafters of a session count from 1."""
 
 TEMPERATURE_MAX = 100.0
+REPETITION_PENALTY_MAX = 10.0
+PENALTY_MAX = 2.0
+LOGIT_BIAS_MAX = 100.0
+LOGIT_BIASES_MAX = 1_024
+LOGPROBS_MAX = 20
+GRAMMAR_BYTES_MAX = 1 << 16
+CACHE_SALT_BYTES_MAX = 256
 
 
 class FinishReason(enum.Enum):
@@ -36,9 +43,38 @@ class FinishReason(enum.Enum):
     """Somebody aborted it."""
 
 
+class GrammarKind(enum.Enum):
+    """How a grammar is written."""
+
+    JSON_SCHEMA = "json_schema"
+    REGEX = "regex"
+
+
+@dataclass(frozen=True, slots=True)
+class Grammar:
+    """A language that the output must belong to. Raises `InvalidRequest`.
+
+    Only what needs no grammar library is checked here.
+    """
+
+    kind: GrammarKind
+    source: str
+
+    def __post_init__(self) -> None:
+        name = f"sampling.grammar.{self.kind.value}"
+        if not self.source:
+            raise InvalidRequest(name, "must not be empty")
+        if len(self.source.encode()) > GRAMMAR_BYTES_MAX:
+            raise InvalidRequest(name, f"has at most {GRAMMAR_BYTES_MAX} bytes")
+
+
 @dataclass(frozen=True, slots=True)
 class SamplingParams:
-    """How the next token is chosen from the target's logits. Raises `InvalidRequest`."""
+    """How the next token is chosen from the target's logits. Raises `InvalidRequest`.
+
+    Everything but temperature and filters is path-dependent or masks tokens: it is applied first,
+    in the order grammar, minimum length, bias, penalties, as vLLM does.
+    """
 
     temperature: float = 1.0
     """0 is greedy; range [0, 100]."""
@@ -48,8 +84,48 @@ class SamplingParams:
     """Keep the smallest set whose probability reaches this; range (0, 1], 1 is off."""
     min_p: float = 0.0
     """Drop tokens below this fraction of the best one's probability; range [0, 1], 0 is off."""
+    repetition_penalty: float = 1.0
+    """Divides positive and multiplies negative logits of tokens in prompt or output (CTRL, arXiv
+    1909.05858); range (0, 10], 1 is off."""
+    presence_penalty: float = 0.0
+    """Subtracted from the logits of tokens in the output; range [-2, 2], 0 is off."""
+    frequency_penalty: float = 0.0
+    """Subtracted from a token's logit for each time it is in the output; range [-2, 2]."""
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    """(id, what is added to its logit), ascending by id; range [-100, 100]."""
+    tokens_min: int = 0
+    """Output tokens before which no id ends the output."""
+    grammar: Grammar | None = None
+    """What the output must be like."""
 
     def __post_init__(self) -> None:
+        self._check_filters()
+        if not 0.0 < self.repetition_penalty <= REPETITION_PENALTY_MAX:
+            raise InvalidRequest(
+                "sampling.repetition_penalty",
+                f"must lie above 0 and at most at {REPETITION_PENALTY_MAX:g},"
+                f" got {self.repetition_penalty}",
+            )
+        for name in ("presence_penalty", "frequency_penalty"):
+            if not abs(getattr(self, name)) <= PENALTY_MAX:
+                raise InvalidRequest(
+                    f"sampling.{name}",
+                    f"must lie between {-PENALTY_MAX:g} and {PENALTY_MAX:g},"
+                    f" got {getattr(self, name)}",
+                )
+        if len(self.logit_bias) > LOGIT_BIASES_MAX:
+            raise InvalidRequest("sampling.logit_bias", f"has at most {LOGIT_BIASES_MAX} entries")
+        for token, bias in self.logit_bias:
+            if token < 0 or not abs(bias) <= LOGIT_BIAS_MAX:
+                raise InvalidRequest(
+                    "sampling.logit_bias",
+                    f"must lie between {-LOGIT_BIAS_MAX:g} and {LOGIT_BIAS_MAX:g} and name ids"
+                    f" of the vocabulary, got {bias} for id {token}",
+                )
+        if self.tokens_min < 0:
+            raise InvalidRequest("sampling.tokens_min", f"must not be negative: {self.tokens_min}")
+
+    def _check_filters(self) -> None:
         # Written so that NaN fails each comparison and is refused.
         if not 0.0 <= self.temperature <= TEMPERATURE_MAX:
             raise InvalidRequest(
@@ -69,6 +145,15 @@ class SamplingParams:
     def greedy(self) -> bool:
         """True if noise plays no part."""
         return self.temperature == 0.0
+
+    @property
+    def penalized(self) -> bool:
+        """True if a token's logit depends on which tokens came before."""
+        return (
+            self.repetition_penalty != 1.0
+            or self.presence_penalty != 0.0
+            or self.frequency_penalty != 0.0
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,12 +230,35 @@ class SpeculationCounters:
 
 
 @dataclass(frozen=True, slots=True)
+class TokenLogprobs:
+    """A token's log-probability under the target's unprocessed distribution, and the best ids'."""
+
+    token: int
+    logprob: float
+    top: tuple[tuple[int, float], ...] = ()
+    """(id, log-probability), best first, equal ones by id; as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class PromptLogprobs:
+    """Log-probabilities of a stretch of a prompt."""
+
+    session: int
+    epoch: int
+    start: int
+    """Index in the prompt of the first token here; at least 1."""
+    tokens: tuple[TokenLogprobs, ...]
+
+
+@dataclass(frozen=True, slots=True)
 class CommitReport:
     """What only the orchestrator needs of a commit."""
 
     counters: SpeculationCounters
     sources: tuple[int, ...]
     finish_reason: FinishReason | None = None
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One entry a committed token, if the session asked for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,6 +274,29 @@ class SessionSpec:
     tokens_max: int
     stop_ids: frozenset[int] = frozenset()
     ignore_eos: bool = False
+    logprobs: int | None = None
+    """Alternatives wanted beside each committed token's log-probability; None: no log-probs."""
+    prompt_logprobs: int | None = None
+    """The same for the prompt's tokens."""
+    cache_salt: str = ""
+    """Sessions share KV of equal prefixes only within one salt."""
+
+    def __post_init__(self) -> None:
+        for name in ("logprobs", "prompt_logprobs"):
+            count = getattr(self, name)
+            if count is not None and not 0 <= count <= LOGPROBS_MAX:
+                raise InvalidRequest(name, f"must lie between 0 and {LOGPROBS_MAX}, got {count}")
+        if len(self.cache_salt.encode()) > CACHE_SALT_BYTES_MAX:
+            raise InvalidRequest("cache_salt", f"has at most {CACHE_SALT_BYTES_MAX} bytes")
+        if self.sampling.tokens_min > self.tokens_max:
+            raise InvalidRequest(
+                "sampling.tokens_min",
+                f"must not exceed tokens_max ({self.tokens_max}), got {self.sampling.tokens_min}",
+            )
+        if self.sampling.grammar is not None and self.ignore_eos:
+            raise InvalidRequest(
+                "ignore_eos", "cannot be combined with a grammar, which an end id completes"
+            )
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +366,8 @@ class StepReport:
     duration_s: float
     rows: int
     tokens: int
+    kv_tokens_used: int = 0
+    waiting: int = 0
 
 
 @dataclass(frozen=True, slots=True)

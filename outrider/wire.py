@@ -7,6 +7,7 @@ session (vocabulary, epoch, digest).
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from google.protobuf.message import DecodeError
 
@@ -18,7 +19,10 @@ from outrider.domain import (
     Draft,
     DraftBudget,
     FinishReason,
+    Grammar,
+    GrammarKind,
     ModelInfo,
+    PromptLogprobs,
     Rejection,
     RejectionCode,
     Resync,
@@ -26,6 +30,7 @@ from outrider.domain import (
     SessionSpec,
     SpeculationCounters,
     StepReport,
+    TokenLogprobs,
 )
 from outrider.errors import InvalidRequest, Mismatch
 from outrider.v1 import drafter_pb2, types_pb2, verifier_pb2
@@ -106,6 +111,7 @@ def report_to_pb(report: CommitReport) -> types_pb2.CommitReport:
         finish_reason=_FINISH[report.finish_reason],
         sources=report.sources,
         counters=counters_to_pb(report.counters),
+        logprobs=[token_logprobs_to_pb(token) for token in report.logprobs],
     )
 
 
@@ -115,7 +121,40 @@ def report_from_pb(message: types_pb2.CommitReport) -> CommitReport:
         counters_from_pb(message.counters),
         tuple(message.sources),
         finish_reason_from_pb(message.finish_reason),
+        tuple(token_logprobs_from_pb(token) for token in message.logprobs),
     )
+
+
+def token_logprobs_to_pb(token: TokenLogprobs) -> types_pb2.TokenLogprobs:
+    """Convert a token's log-probability and its alternatives'."""
+    return types_pb2.TokenLogprobs(
+        token=token.token,
+        logprob=token.logprob,
+        top_ids=[top for top, _ in token.top],
+        top_logprobs=[logprob for _, logprob in token.top],
+    )
+
+
+def token_logprobs_from_pb(message: types_pb2.TokenLogprobs) -> TokenLogprobs:
+    """Convert back."""
+    top = tuple(zip(message.top_ids, message.top_logprobs, strict=False))
+    return TokenLogprobs(message.token, message.logprob, top)
+
+
+def prompt_logprobs_to_pb(piece: PromptLogprobs) -> verifier_pb2.PromptLogprobsRow:
+    """Convert log-probabilities of a stretch of a prompt."""
+    return verifier_pb2.PromptLogprobsRow(
+        session=piece.session,
+        epoch=piece.epoch,
+        start=piece.start,
+        tokens=[token_logprobs_to_pb(token) for token in piece.tokens],
+    )
+
+
+def prompt_logprobs_from_pb(message: verifier_pb2.PromptLogprobsRow) -> PromptLogprobs:
+    """Convert back."""
+    tokens = tuple(token_logprobs_from_pb(token) for token in message.tokens)
+    return PromptLogprobs(message.session, message.epoch, message.start, tokens)
 
 
 # --- values -----------------------------------------------------------------------------------
@@ -197,21 +236,41 @@ def sampling_to_pb(params: SamplingParams) -> types_pb2.SamplingParams:
         top_k=params.top_k,
         top_p=params.top_p,
         min_p=params.min_p,
+        repetition_penalty=params.repetition_penalty,
+        presence_penalty=params.presence_penalty,
+        frequency_penalty=params.frequency_penalty,
+        logit_bias=dict(params.logit_bias),
+        tokens_min=params.tokens_min,
+        grammar=None if params.grammar is None else grammar_to_pb(params.grammar),
     )
+
+
+def grammar_to_pb(grammar: Grammar) -> types_pb2.Grammar:
+    """Convert a grammar."""
+    if grammar.kind is GrammarKind.REGEX:
+        return types_pb2.Grammar(regex=grammar.source)
+    return types_pb2.Grammar(json_schema=grammar.source)
+
+
+def grammar_from_pb(message: types_pb2.Grammar) -> Grammar:
+    """Convert back; raises `InvalidRequest`."""
+    match message.WhichOneof("kind"):
+        case "json_schema":
+            return Grammar(GrammarKind.JSON_SCHEMA, message.json_schema)
+        case "regex":
+            return Grammar(GrammarKind.REGEX, message.regex)
+        case _:
+            raise InvalidRequest("sampling.grammar", "give one of json_schema and regex")
 
 
 def sampling_from_pb(message: types_pb2.SamplingParams) -> SamplingParams:
     """Convert back, defaults for absent fields; raises `InvalidRequest` for wrong values."""
-    default = SamplingParams()
-
-    return SamplingParams(
-        temperature=(
-            message.temperature if message.HasField("temperature") else default.temperature
-        ),
-        top_k=message.top_k if message.HasField("top_k") else default.top_k,
-        top_p=message.top_p if message.HasField("top_p") else default.top_p,
-        min_p=message.min_p if message.HasField("min_p") else default.min_p,
-    )
+    given: dict[str, Any] = {field.name: value for field, value in message.ListFields()}
+    if "logit_bias" in given:
+        given["logit_bias"] = tuple(sorted(message.logit_bias.items()))
+    if "grammar" in given:
+        given["grammar"] = grammar_from_pb(message.grammar)
+    return SamplingParams(**given)
 
 
 def rejection_to_pb(rejection: Rejection) -> types_pb2.Rejection:
@@ -257,7 +316,13 @@ def resync_from_pb(message: types_pb2.Resync) -> Resync:
 
 def step_report_from_pb(message: verifier_pb2.StepReport) -> StepReport:
     """Convert a step's measures."""
-    return StepReport(message.duration_s, message.rows, message.tokens)
+    return StepReport(
+        message.duration_s,
+        message.rows,
+        message.tokens,
+        message.kv_tokens_used,
+        message.waiting,
+    )
 
 
 def checked_hello(
@@ -289,6 +354,9 @@ def session_to_pb(spec: SessionSpec) -> verifier_pb2.OpenSession:
         tokens_max=spec.tokens_max,
         stop_ids=sorted(spec.stop_ids),
         ignore_eos=spec.ignore_eos,
+        logprobs=spec.logprobs,
+        prompt_logprobs=spec.prompt_logprobs,
+        cache_salt=spec.cache_salt,
     )
 
 
@@ -304,6 +372,9 @@ def session_from_pb(message: verifier_pb2.OpenSession) -> SessionSpec:
         tokens_max=message.tokens_max,
         stop_ids=frozenset(message.stop_ids),
         ignore_eos=message.ignore_eos,
+        logprobs=message.logprobs if message.HasField("logprobs") else None,
+        prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
+        cache_salt=message.cache_salt,
     )
 
 
