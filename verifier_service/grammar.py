@@ -71,6 +71,9 @@ class GrammarCompiler:
         """Return the state before the first output token. Raises `InvalidRequest`.
 
         Takes about a millisecond for an ordinary schema, after the first one has built the trie.
+        llguidance bounds most of what a hostile one costs, but not all: a schema with a dozen
+        patterns that must hold at once, or a large `multipleOf` beside bounds, can take it
+        exponential time. It holds no GIL meanwhile, and cannot be interrupted.
         """
         field = f"sampling.grammar.{grammar.kind.value}"
         try:

@@ -190,6 +190,11 @@ def test_a_mask_may_be_shorter_or_longer_than_the_vocabulary(words) -> None:
     assert np.isfinite(result).sum() == min(40, 32 * words)
 
 
+def test_ids_beyond_the_vocabulary_are_no_choice_left() -> None:
+    context = NodeContext(GREEDY, banned=(2,), allowed=words_of([2, 45], 64))
+    assert np.isfinite(processed(np.zeros(40), context)).nonzero()[0].tolist() == [2]
+
+
 @pytest.mark.parametrize("value", [math.nan, -INF, INF])
 def test_an_allowed_id_wins_even_among_broken_logits(value) -> None:
     params = SamplingParams(temperature=0.0, repetition_penalty=10.0)

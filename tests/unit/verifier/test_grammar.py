@@ -257,3 +257,21 @@ def test_limits_end_a_greedy_grammar_and_spare_the_others(monkeypatch) -> None:
         greedy.advance([token for _, token in chain])
     assert caught.value.field == "sampling.grammar.regex"
     assert other.walk([(-1, 97)])[0] == [True]
+
+
+def test_a_node_that_breaks_a_limit_spares_its_siblings(monkeypatch) -> None:
+    whole = module._mask
+    calls = []
+
+    def failing(matcher: module.LLMatcher) -> Mask | None:
+        calls.append(matcher)
+        if len(calls) == 3:  # the tip, a, and then ab
+            matcher.consume_token(257)  # a failed matcher is of no more use
+        return whole(matcher)
+
+    state = COMPILERS["bytes"].compile(Grammar(GrammarKind.REGEX, "a(bx|cy)"))
+    monkeypatch.setattr(module, "_mask", failing)
+    allowed, masks = state.walk([(-1, 97), (0, 98), (0, 99), (1, 120), (2, 121)])
+    assert allowed == [True, False, True, False, True]
+    assert ids_of(masks[3]) == [121]
+    assert ids_of(masks[5]) == [*EOS]
