@@ -35,9 +35,16 @@ from verifier_service.config import EngineConfig, VerifierConfig
 @click.option(
     "--kv-tokens-max",
     type=click.IntRange(min=1),
-    default=EngineConfig.kv_tokens_max,
+    default=None,
+    help="KV budget in tokens, over all sessions.  [default: what the machine has room for]",
+)
+@click.option(
+    "--kv-overcommit",
+    type=click.FloatRange(min=1),
+    default=EngineConfig.kv_overcommit,
     show_default=True,
-    help="KV budget in tokens, over all sessions.",
+    help="Admit sessions that together might need this many times the KV budget; those without"
+    " room wait.",
 )
 @click.option(
     "--step-nodes-max",
@@ -68,7 +75,8 @@ def command(
     log_level: str,
     log_format: Any,
     sessions_max: int,
-    kv_tokens_max: int,
+    kv_tokens_max: int | None,
+    kv_overcommit: float,
     step_nodes_max: int,
     prefill_tokens_max: int,
     step_delay_s: float,
@@ -85,6 +93,7 @@ def command(
         engine=EngineConfig(
             sessions_max=sessions_max,
             kv_tokens_max=kv_tokens_max,
+            kv_overcommit=kv_overcommit,
             step_nodes_max=step_nodes_max,
             prefill_tokens_max=prefill_tokens_max,
             step_delay_s=step_delay_s,

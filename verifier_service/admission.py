@@ -5,12 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from outrider.domain import Rejection, RejectionCode, SessionSpec
+from outrider.kv_blocks import BLOCK_TOKENS
 from verifier_service.config import EngineConfig
 
 
 def kv_need(spec: SessionSpec) -> int:
-    """Tokens of KV that a session may need: all are reserved, so that none runs out half-way."""
-    return len(spec.prompt) + spec.tokens_max
+    """Tokens of KV that a session may need, in whole blocks."""
+    return -(-(len(spec.prompt) + spec.tokens_max) // BLOCK_TOKENS) * BLOCK_TOKENS
 
 
 def reject(
@@ -25,8 +26,11 @@ def reject(
 class Admission:
     """The rules of admission under fixed budgets."""
 
-    def __init__(self, config: EngineConfig, vocabulary_size: int, length_max: int) -> None:
+    def __init__(
+        self, config: EngineConfig, vocabulary_size: int, length_max: int, kv_tokens_max: int
+    ) -> None:
         self._config = config
+        self._kv_tokens_max = kv_tokens_max
         self._vocabulary_size = vocabulary_size
         self._length_max = length_max
 
@@ -50,15 +54,16 @@ class Admission:
         fault = self._fault(spec)
         if fault is not None:
             return reject(spec, RejectionCode.INVALID, fault[1], field=fault[0])
-        sessions_max, kv_tokens_max = self._config.sessions_max, self._config.kv_tokens_max
+        sessions_max = self._config.sessions_max
         if len(others) >= sessions_max:
             text = f"the verifier has its {sessions_max} sessions; try again later"
             return reject(spec, RejectionCode.EXHAUSTED, text)
-        in_use = sum(kv_need(other) for other in others)
-        if in_use + kv_need(spec) > kv_tokens_max:
+        promised = sum(kv_need(other) for other in others)
+        promises_max = int(self._kv_tokens_max * max(1.0, self._config.kv_overcommit))
+        if promised + kv_need(spec) > promises_max:
             text = (
-                f"needs KV for {kv_need(spec)} tokens; {in_use} of {kv_tokens_max} are taken; "
-                "try again later"
+                f"needs KV for up to {kv_need(spec)} tokens; {promised} of {promises_max} are"
+                " promised to others; try again later"
             )
             return reject(spec, RejectionCode.EXHAUSTED, text)
         return None
@@ -76,13 +81,21 @@ class Admission:
                 return name, f"id {wrong} is outside the vocabulary of {vocabulary_size}"
         if spec.tokens_max <= len(spec.committed):
             return "tokens_max", "leaves nothing to generate"
-        need = kv_need(spec)
-        if need > self._length_max:
+        length = len(spec.prompt) + spec.tokens_max
+        if length > self._length_max:
             return (
                 "tokens_max",
-                f"prompt and output need {need} tokens; the context holds {self._length_max}",
+                f"prompt and output need {length} tokens; the context holds {self._length_max}",
             )
-        if need > self._config.kv_tokens_max:
-            kv_tokens_max = self._config.kv_tokens_max
-            return "tokens_max", f"needs KV for {need} tokens; {kv_tokens_max} exist in all"
+        if kv_need(spec) > self._kv_tokens_max:
+            return (
+                "tokens_max",
+                f"needs KV for {kv_need(spec)} tokens; {self._kv_tokens_max} exist in all",
+            )
+        wrong = next((i for i, _ in spec.sampling.logit_bias if i >= vocabulary_size), None)
+        if wrong is not None:
+            return (
+                "sampling.logit_bias",
+                f"id {wrong} is outside the vocabulary of {vocabulary_size}",
+            )
         return None

@@ -14,8 +14,11 @@ class EngineConfig:
 
     sessions_max: int = 64
     """Sessions admitted at once; more are refused, never queued without bound."""
-    kv_tokens_max: int = 65_536
-    """Tokens of KV that admitted sessions may need together, prompt and output."""
+    kv_tokens_max: int | None = None
+    """KV budget in tokens; None: what the machine has room for."""
+    kv_overcommit: float = 2.0
+    """Sessions are admitted until all of them together might need this many times the budget:
+    most end early. Those for which there is no room wait, or are preempted and wait."""
     step_nodes_max: int = 32
     """Draft nodes verified in one step, over all sessions."""
     prefill_tokens_max: int = 256

@@ -14,24 +14,27 @@ import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from outrider.domain import (
     Commit,
     CommitReport,
+    PromptLogprobs,
     Rejection,
     RejectionCode,
     Resync,
     SessionSpec,
     StepReport,
+    TokenLogprobs,
 )
-from outrider.draft_tree import Node
+from outrider.errors import InvalidRequest
 from outrider.model.language_model import LanguageModel, Row
-from outrider.model.sampling import sample_nodes
 from outrider.serving.queues import Inbox
-from verifier_service.acceptance import AcceptRule, accept_path, judge
-from verifier_service.admission import Admission, kv_need, reject
+from verifier_service.acceptance import AcceptRule, Verdict, accept_path, judge
+from verifier_service.admission import Admission, reject
 from verifier_service.config import EngineConfig
+from verifier_service.deciding import Decider
+from verifier_service.grammar import GrammarCompiler, GrammarState
 from verifier_service.messages import (
     Abort,
     Command,
@@ -42,11 +45,14 @@ from verifier_service.messages import (
     Outputs,
     Repeat,
 )
-from verifier_service.scheduling import StepTimes, choose_nodes
+from verifier_service.planning import Planner, RowPlan, Seat
+from verifier_service.sampling_step import Sampled, committed_logprobs, sample_rows
+from verifier_service.scheduling import StepTimes
 from verifier_service.session import Session
 
 _IDLE_WAIT_S = 0.5
 _ENDED_KEPT_MAX = 1_024
+_WARM_UP_CONTEXT = 64
 
 _log = logging.getLogger(__name__)
 
@@ -59,14 +65,7 @@ class Ended:
     epoch: int
     tokens: tuple[int, ...]
     report: CommitReport
-
-
-@dataclass(frozen=True, slots=True)
-class _RowPlan:
-    session: Session
-    tokens: tuple[int, ...]
-    nodes: tuple[Node, ...]
-    decodes: bool
+    decider: Decider
 
 
 class Engine:
@@ -81,19 +80,27 @@ class Engine:
         rule: AcceptRule = accept_path,
     ) -> None:
         self.model = model
+        self.pool = model.new_pool(config.kv_tokens_max)
         self.times = StepTimes()
         self.steps = 0
         self._config = config
         self._emit = emit
         self._rule = rule
         self._inbox: Inbox[Command] = Inbox(config.drafts_queued_max)
-        self._sessions: dict[int, Session] = {}
+        self._seats: dict[int, Seat] = {}
+        """In the order of admission."""
         self._ended: OrderedDict[int, Ended] = OrderedDict()
         self._outputs: dict[int, Outputs] = {}
         self._draining = False
         self._drafts_dropped = 0
         self._eos_ids = frozenset(model.eos_ids)
-        self._admission = Admission(config, model.vocabulary_size, model.length_max)
+        self._grammars = GrammarCompiler(
+            model.tokenizer_files, model.vocabulary_size, model.eos_ids
+        )
+        self._admission = Admission(
+            config, model.vocabulary_size, model.length_max, self.pool.tokens_max
+        )
+        self._planner = Planner(self.pool, self.times, config)
         self._thread: Executor | None = None
         self._ended_run: Future[None] | None = None
 
@@ -119,46 +126,63 @@ class Engine:
     @property
     def load(self) -> int:
         """Sessions in use."""
-        return len(self._sessions)
+        return len(self._seats)
 
     @property
-    def kv_tokens_in_use(self) -> int:
-        """Tokens of KV that admitted sessions may need together."""
-        return sum(kv_need(session.spec) for session in list(self._sessions.values()))
+    def kv_tokens_used(self) -> int:
+        """Tokens in KV blocks that sessions hold, shared ones counted once."""
+        return self.pool.tokens_used
+
+    @property
+    def preemptions(self) -> int:
+        """How often a session lost its KV to make room for another."""
+        return self._planner.preemptions
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
-        """Measure T(N) at the sizes that steps will have. Call before `start`."""
+        """Measure T(N) at the sizes that steps will have. Call before `start`.
+
+        A model that compiles its steps does so here, size by size.
+        """
         sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= self._config.step_nodes_max]
         sizes.append(self._config.prefill_tokens_max)
-        for done, size in enumerate(sizes):
-            cache = self.model.new_cache()
-            self.model.forward([Row(cache, [0] * 64, None, [63])])
-            best = float("inf")
-            for _ in range(3):
-                row = Row(cache, [0] * size, [-1] * size, list(range(min(size, 64))))
-                started = time.perf_counter()
-                self.model.forward([row])
-                best = min(best, time.perf_counter() - started)
-                cache.truncate(64)
-            self.times.observe(size, best)
+        room = self.pool.tokens_max - _WARM_UP_CONTEXT
+        sizes = [size for size in sizes if size <= room] or [1]
+        cache = self.pool.new_cache()
+        try:
+            self.model.forward([Row(cache, [0] * _WARM_UP_CONTEXT, None, [0])])
+            for done, size in enumerate(sizes):
+                best = float("inf")
+                for _ in range(3):
+                    row = Row(cache, [0] * size, [-1] * size, range(min(size, 64)))
+                    started = time.perf_counter()
+                    logits = self.model.forward([row])
+                    logits[:1].argmax().item()  # a GPU is waited for
+                    best = min(best, time.perf_counter() - started)
+                    cache.truncate(_WARM_UP_CONTEXT)
+                self.times.observe(size, best)
+                if progress is not None:
+                    progress(done + 1, len(sizes))
+        finally:
             cache.release()
-            if progress is not None:
-                progress(done + 1, len(sizes))
 
     # --- the thread ---
 
     def _run(self) -> None:
-        while not self._inbox.closed:
-            commands = self._inbox.take_all(wait_s=0.0 if self._sessions else _IDLE_WAIT_S)
-            for command in commands:
-                try:
-                    self._apply(command)
-                except Exception:
-                    # One bad message must not end the thread that serves everybody.
-                    _log.exception("command failed: %s", type(command).__name__)
-            if self._sessions:
-                self._step()
-            self._flush()
+        try:
+            while not self._inbox.closed:
+                commands = self._inbox.take_all(wait_s=0.0 if self._seats else _IDLE_WAIT_S)
+                for command in commands:
+                    try:
+                        self._apply(command)
+                    except Exception:
+                        # One bad message must not end the thread that serves everybody.
+                        _log.exception("command failed: %s", type(command).__name__)
+                if self._seats:
+                    self._step()
+                self._flush()
+        finally:
+            for seat in list(self._seats.values()):
+                self._close(seat)
 
     def _flush(self) -> None:
         if self._outputs:
@@ -173,72 +197,87 @@ class Engine:
             case Open(connection, spec):
                 self._open(connection, spec)
             case Offer(connection, number, source, draft):
-                session = self._sessions.get(number)
-                if session is not None and session.connection == connection:
-                    session.merge(draft, source)
+                seat = self._seats.get(number)
+                if seat is not None and seat.session.connection == connection:
+                    seat.session.merge(draft, source)
             case Repeat(connection, resync):
                 self._repeat(connection, resync)
             case Abort(connection, number, epoch):
-                session = self._sessions.get(number)
+                seat = self._seats.get(number)
                 if (
-                    session is not None
-                    and session.connection == connection
-                    and session.spec.epoch <= epoch
+                    seat is not None
+                    and seat.session.connection == connection
+                    and seat.session.spec.epoch <= epoch
                 ):
-                    self._close(session)
+                    self._close(seat)
             case Disconnect(connection):
-                for session in list(self._sessions.values()):
-                    if session.connection == connection:
-                        self._close(session)
+                for seat in list(self._seats.values()):
+                    if seat.session.connection == connection:
+                        self._close(seat)
             case Drain():
                 self._draining = True
 
     def _open(self, connection: int, spec: SessionSpec) -> None:
-        known = self._sessions.get(spec.session)
+        known = self._seats.get(spec.session)
         refusal = self._admission.refusal(
             spec,
-            others=[s.spec for s in self._sessions.values() if s is not known],
+            others=[seat.session.spec for seat in self._seats.values() if seat is not known],
             known_epoch=self._known_epoch(spec.session),
             draining=self._draining,
         )
         if refusal is not None:
             self._to(connection).rejections.append(refusal)
             return
+        stop_ids = spec.stop_ids | (frozenset() if spec.ignore_eos else self._eos_ids)
+        try:
+            decider = Decider(spec, stop_ids, self._grammar(spec))
+        except InvalidRequest as error:
+            code = RejectionCode.INVALID
+            self._to(connection).rejections.append(reject(spec, code, error.message, error.field))
+            return
         if known is not None:
             # A newer epoch fences whoever held the session before.
-            self._to(known.connection).rejections.append(
+            self._to(known.session.connection).rejections.append(
                 reject(
-                    known.spec,
+                    known.session.spec,
                     RejectionCode.STALE_EPOCH,
                     "another orchestrator or a newer placement took the session over",
                     current_epoch=spec.epoch,
                 )
             )
             self._close(known)
-        self._sessions[spec.session] = Session(
+        # Whose prompt's log-probabilities are wanted must compute all of it.
+        salt = spec.cache_salt if spec.prompt_logprobs is None else None
+        session = Session(
             spec,
             connection,
-            self.model.new_cache(),
+            self.pool.new_cache(salt),
             eos_ids=self._eos_ids,
             vocabulary_size=self.model.vocabulary_size,
             tree_nodes_max=self._config.tree_nodes_max,
             tree_depth_max=self._config.tree_depth_max,
         )
+        self._seats[spec.session] = Seat(session, decider)
         self._to(connection).opened.append((spec.session, spec.epoch))
 
+    def _grammar(self, spec: SessionSpec) -> GrammarState | None:
+        grammar = spec.sampling.grammar
+        return None if grammar is None else self._grammars.compile(grammar)
+
     def _known_epoch(self, session: int) -> int:
-        known, ended = self._sessions.get(session), self._ended.get(session)
-        return known.spec.epoch if known else ended.epoch if ended else 0
+        seat, ended = self._seats.get(session), self._ended.get(session)
+        return seat.session.spec.epoch if seat else ended.epoch if ended else 0
 
     def _repeat(self, connection: int, resync: Resync) -> None:
-        session = self._sessions.get(resync.session)
+        seat = self._seats.get(resync.session)
         ended = self._ended.get(resync.session)
-        if session is not None and session.connection == connection:
+        if seat is not None and seat.session.connection == connection:
+            session, decider = seat.session, seat.decider
             epoch, tokens = session.spec.epoch, tuple(session.log.since(resync.have_length))
             report = CommitReport(session.counters(), ())
         elif ended is not None and ended.connection == connection:
             epoch, tokens = ended.epoch, ended.tokens[resync.have_length :]
-            report = ended.report
+            report, decider = ended.report, ended.decider
         else:
             self._to(connection).rejections.append(
                 Rejection(
@@ -249,144 +288,128 @@ class Engine:
                 )
             )
             return
-        last = report.finish_reason is not None
-        commit = Commit(epoch, resync.have_length, tokens, last)
+        report = replace(report, logprobs=decider.logprobs_since(resync.have_length))
+        commit = Commit(epoch, resync.have_length, tokens, report.finish_reason is not None)
         self._to(connection).commits.append((resync.session, commit, report))
 
-    def _close(self, session: Session) -> None:
-        session.cache.release()
-        del self._sessions[session.spec.session]
+    def _close(self, seat: Seat) -> None:
+        seat.session.cache.release()
+        del self._seats[seat.session.spec.session]
 
     # --- a verify step ---
 
     def _step(self) -> None:
-        plans: list[_RowPlan] = []
+        plans: list[RowPlan] = []
         try:
-            plans = self._plan()
+            plans = self._planner.plan(self._seats.values())
             started = time.perf_counter()
-            samples = self._forward(plans)
+            logits = self.model.forward([plan.row() for plan in plans])
+            sampled = sample_rows(logits, plans)
         except Exception:
             _log.exception("verify step failed; its sessions end")
-            for session in [plan.session for plan in plans] or list(self._sessions.values()):
-                self._fail(session)
+            for seat in [plan.seat for plan in plans] or list(self._seats.values()):
+                self._fail(seat)
             return
         if self._config.step_delay_s:
             time.sleep(self._config.step_delay_s)
         duration_s = time.perf_counter() - started
-        tokens = sum(len(plan.tokens) + len(plan.nodes) for plan in plans)
+        tokens = sum(plan.size for plan in plans)
         self.times.observe(tokens, duration_s)
         self.steps += 1
-        rows = [plan for plan in plans if plan.decodes]
-        report = StepReport(duration_s, len(rows), tokens)
-        for plan, row_samples in zip(rows, samples, strict=True):
+        self._decide(sampled)
+        report = StepReport(
+            duration_s,
+            rows=sum(plan.decodes for plan in plans),
+            tokens=tokens,
+            kv_tokens_used=self.pool.tokens_used,
+            waiting=sum(seat.waiting for seat in self._seats.values()),
+        )
+        # To those in prefill, and to those that wait: a step is a sign of life.
+        connections = {plan.seat.session.connection for plan in plans}
+        connections |= {seat.session.connection for seat in self._seats.values()}
+        for connection in connections:
+            self._to(connection).step = report
+
+    def _decide(self, sampled: Sequence[Sampled]) -> None:
+        """Apply the rule to every row, then make the verdicts true, each session for itself."""
+        verdicts: list[Verdict | None] = []
+        for row in sampled:
+            session = row.plan.seat.session
+            verdicts.append(
+                judge(
+                    session.tree.root,
+                    row.plan.nodes,
+                    row.samples,
+                    stop_ids=session.stop_ids,
+                    tokens_left=session.tokens_left,
+                    rule=self._rule,
+                )
+                if row.plan.decodes
+                else None
+            )
+        logprobs = committed_logprobs(sampled, verdicts)
+        for row, verdict, scores in zip(sampled, verdicts, logprobs, strict=True):
+            seat = row.plan.seat
             try:
-                self._commit(plan, row_samples)
+                self._report_prompt(row)
+                if verdict is not None:
+                    self._commit(row.plan, verdict, scores)
+                seat.session.cache.publish(seat.session.log.tokens)
+                if verdict is not None and verdict.finish_reason is not None:
+                    self._close(seat)
+            except InvalidRequest as error:
+                # A limit of the session's own grammar.
+                self._fail(seat, RejectionCode.INVALID, error)
             except Exception:
                 _log.exception("commit failed; its session ends")
-                self._fail(plan.session)
-        # To those in prefill too: a step is a sign of life.
-        for plan in plans:
-            self._to(plan.session.connection).step = report
+                self._fail(seat)
 
-    def _fail(self, session: Session) -> None:
-        """End one session after a defect of ours; the others go on."""
-        self._to(session.connection).rejections.append(
-            reject(session.spec, RejectionCode.INTERNAL, "the verify step failed")
+    def _fail(
+        self,
+        seat: Seat,
+        code: RejectionCode = RejectionCode.INTERNAL,
+        error: InvalidRequest | None = None,
+    ) -> None:
+        """End one session; the others go on. Without an `error` it was a defect of ours."""
+        message = "the verify step failed" if error is None else error.message
+        field = "" if error is None else error.field
+        self._to(seat.session.connection).rejections.append(
+            reject(seat.session.spec, code, message, field=field)
         )
-        self._close(session)
+        self._close(seat)
 
-    def _plan(self) -> list[_RowPlan]:
-        """Every decoding session joins; prefill shares what `prefill_tokens_max` leaves."""
-        left = self._config.prefill_tokens_max
-        chunks: list[tuple[Session, tuple[int, ...], bool]] = []
-        decoding: list[Session] = []
-        for session in self._sessions.values():
-            pending = session.pending
-            if len(pending) == 1:
-                decoding.append(session)
-            elif left > 0:
-                chunk = tuple(pending[:left])
-                left -= len(chunk)
-                # The last chunk ends with the tip: its logits decide the first token.
-                chunks.append((session, chunk, len(chunk) == len(pending)))
-        choice = choose_nodes(
-            [session.tree for session in decoding],
-            [session.tokens_left - 1 for session in decoding],
-            self.times,
-            other_tokens=sum(len(chunk) for _, chunk, _ in chunks),
-            nodes_max=self._config.step_nodes_max,
+    def _report_prompt(self, row: Sampled) -> None:
+        if not row.prompt_logprobs:
+            return
+        spec, decider = row.plan.seat.session.spec, row.plan.seat.decider
+        self._to(row.plan.seat.session.connection).prompt_logprobs.append(
+            PromptLogprobs(spec.session, spec.epoch, decider.prompt_scored, row.prompt_logprobs)
         )
-        plans = [
-            _RowPlan(session, (session.log.tip,), nodes, True)
-            for session, nodes in zip(decoding, choice.nodes, strict=True)
-        ]
-        plans += [_RowPlan(session, chunk, (), done) for session, chunk, done in chunks]
-        return plans
+        decider.prompt_scored += len(row.prompt_logprobs)
 
-    def _forward(self, plans: Sequence[_RowPlan]) -> list[list[int]]:
-        """One forward pass and the rule; returns each decoding row's samples, tip first."""
-        logits = self.model.forward([_row(plan) for plan in plans])
-        rows = [plan for plan in plans if plan.decodes]
-        params, seeds, positions = [], [], []
-        for plan in rows:
-            spec = plan.session.spec
-            count = 1 + len(plan.nodes)
-            params += [spec.sampling] * count
-            seeds += [spec.seed] * count
-            # A node at index i of the sequence decides the token at index i + 1.
-            positions.append(len(plan.session.log))
-            positions += [node.position + 1 for node in plan.nodes]
-        samples = sample_nodes(logits, params, seeds, positions)
-        split: list[list[int]] = []
-        for plan in rows:
-            count = 1 + len(plan.nodes)
-            split.append(samples[:count])
-            samples = samples[count:]
-        return split
-
-    def _commit(self, plan: _RowPlan, samples: Sequence[int]) -> None:
-        session, nodes = plan.session, plan.nodes
-        verdict = judge(
-            session.tree.root,
-            nodes,
-            samples,
-            stop_ids=session.stop_ids,
-            tokens_left=session.tokens_left,
-            rule=self._rule,
-        )
+    def _commit(self, plan: RowPlan, verdict: Verdict, logprobs: tuple[TokenLogprobs, ...]) -> None:
+        session, nodes = plan.seat.session, plan.nodes
         base_length = len(session.log)
         sources = session.commit(verdict, nodes)
         if nodes:
             # Slot 0 is the tip, slot 1 + i is nodes[i]: what was accepted becomes prefix.
             session.cache.advance([0, *(1 + index for index in verdict.accepted)])
+        plan.seat.decider.advance(verdict.tokens, logprobs)
         last = verdict.finish_reason is not None
         commit = Commit(session.spec.epoch, base_length, verdict.tokens, last)
-        report = CommitReport(session.counters(), sources, verdict.finish_reason)
+        report = CommitReport(session.counters(), sources, verdict.finish_reason, logprobs)
         self._to(session.connection).commits.append((session.spec.session, commit, report))
         if last:
-            self._remember(session, report)
-            self._close(session)
+            self._remember(plan.seat, report)
 
-    def _remember(self, session: Session, report: CommitReport) -> None:
-        spec = session.spec
-        self._ended[spec.session] = Ended(
-            session.connection, spec.epoch, tuple(session.log.tokens), report
+    def _remember(self, seat: Seat, report: CommitReport) -> None:
+        session = seat.session
+        self._ended[session.spec.session] = Ended(
+            session.connection,
+            session.spec.epoch,
+            tuple(session.log.tokens),
+            report,
+            seat.decider,
         )
         if len(self._ended) > _ENDED_KEPT_MAX:
             self._ended.popitem(last=False)
-
-
-def _row(plan: _RowPlan) -> Row:
-    """Lay a plan out: a chain straight into the prefix, or the tip and its nodes as a tree."""
-    cache = plan.session.cache
-    if not plan.nodes:
-        wanted = [len(plan.tokens) - 1] if plan.decodes else []
-        return Row(cache, plan.tokens, None, wanted)
-    slot_of: dict[Node, int] = {plan.session.tree.root: 0}
-    parents = [-1]
-    for slot, node in enumerate(plan.nodes, start=1):
-        assert node.parent is not None, "chosen nodes descend from the root"
-        parents.append(slot_of[node.parent])
-        slot_of[node] = slot
-    tokens = (*plan.tokens, *(node.token for node in plan.nodes))
-    return Row(cache, tokens, parents, range(len(tokens)))

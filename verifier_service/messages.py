@@ -5,7 +5,16 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from outrider.domain import Commit, CommitReport, Draft, Rejection, Resync, SessionSpec, StepReport
+from outrider.domain import (
+    Commit,
+    CommitReport,
+    Draft,
+    PromptLogprobs,
+    Rejection,
+    Resync,
+    SessionSpec,
+    StepReport,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,4 +75,6 @@ class Outputs:
     """(session, epoch)"""
     rejections: list[Rejection] = field(default_factory=list)
     commits: list[tuple[int, Commit, CommitReport]] = field(default_factory=list)
+    prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
+    """Before the first commit of their sessions."""
     step: StepReport | None = None

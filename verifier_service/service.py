@@ -121,6 +121,9 @@ def _response(batch: list[Outputs | None], draining: bool) -> _Response:
         for session, epoch in output.opened:
             response.opened.add(session=session, epoch=epoch)
         response.rejections.extend(wire.rejection_to_pb(r) for r in output.rejections)
+        response.prompt_logprobs.extend(
+            wire.prompt_logprobs_to_pb(piece) for piece in output.prompt_logprobs
+        )
         for session, commit, report in output.commits:
             response.commits.append(
                 types_pb2.CommitRow(
@@ -133,4 +136,6 @@ def _response(batch: list[Outputs | None], draining: bool) -> _Response:
             response.step.duration_s = output.step.duration_s
             response.step.rows = output.step.rows
             response.step.tokens = output.step.tokens
+            response.step.kv_tokens_used = output.step.kv_tokens_used
+            response.step.waiting = output.step.waiting
     return response

@@ -1,9 +1,14 @@
 """Attention of a ragged batch, as transformers' own modules call it.
 
 All rows of a pass are laid end to end in one sequence [1, N]. What makes them independent is here:
-each row attends over its own session's buffer only, seeing its prefix and, within its tree, its
+each row attends over its own session's slots only, seeing its prefix and, within its tree, its
 ancestors. The function is registered with transformers' attention interface under `ATTENTION`;
-the pass travels to it as a keyword argument, so nothing is global.
+what a pass needs travels to it as a keyword argument, so nothing is global.
+
+There are two ways. `NativeAttention` is one C++ operator per layer, for CPUs
+(`outrider.model.native`).
+`GatheredAttention` is plain torch on any device: it gathers each row's slots, pads the rows to one
+batch and calls scaled dot-product attention once. It is the reference for the other.
 """
 
 from __future__ import annotations
@@ -11,45 +16,90 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch.nn import functional
 from transformers import AttentionInterface
 
 from outrider.errors import ModelLoadError
-from outrider.model.kv_cache import Extension, SessionCache
+from outrider.model.kv_cache import KvPool
+from outrider.model.step_inputs import StepInputs
 
 ATTENTION = "outrider_ragged"
 """Name under which the attention is registered. No mask is registered: the rows bring theirs."""
 
+_TILE = 8
+"""Tokens of a row that one unit of native work attends for: they share the reading of the keys."""
 
-class RowAttention:
-    """Where one row of a pass writes its keys and values, and what it sees.
+_PADDED_MAX = 16
+"""Rows of up to this many tokens are padded into one batch; longer ones go alone."""
 
-    Views are made once per pass, for all layers at once: a slice in every layer would cost more
-    than the attention of a short row.
+
+class NativeAttention:
+    """The plan of a pass for `torch.ops.outrider.attend`: addresses of arrays that live here.
+
+    `words` is what the operator takes; the fields are those of `Plan` and `Window` in ops.cpp.
     """
 
-    __slots__ = ("begin", "end", "keys", "mask", "new_keys", "new_values", "values")
+    def __init__(self, inputs: StepInputs, pool: KvPool, windows: Sequence[int | None]) -> None:
+        """`windows`: sliding window of each layer, None where it sees everything."""
+        kinds = list(dict.fromkeys(windows))
+        self._alive: list[npt.NDArray[Any]] = []
+        words = [
+            pool.buffer.data_ptr(),
+            pool.buffer.shape[2],
+            self._address(inputs.write_slots, np.int64),
+            self._address(tasks := _tasks(inputs), np.int32),
+            len(tasks),
+            self._address(inputs.token_rows, np.int32),
+            self._address(inputs.limits, np.int32),
+            self._address(inputs.lengths, np.int32),
+            self._address(inputs.tables, np.int32),
+            inputs.tables.shape[1],
+            self._address(np.array([kinds.index(window) for window in windows]), np.int32),
+        ]
+        for window in kinds:
+            low, starts, visible = inputs.visibility(window)
+            words += [
+                self._address(low, np.int32),
+                self._address(starts, np.int64),
+                self._address(visible, np.uint8),
+            ]
+        self.words = torch.tensor(words, dtype=torch.int64)
 
-    def __init__(self, cache: SessionCache, extension: Extension, begin: int, group: int) -> None:
-        """`begin`: index of the row's first token in the pass; `group`: query per KV head."""
-        self.begin = begin
-        self.end = begin + extension.size
-        start, total = extension.start, extension.start + extension.size
-        # Each is a tuple over layers; [1, kv_heads, tokens, head_dim] as attention wants it.
-        keys, values = cache.buffer[:, :1, :, :total], cache.buffer[:, 1:, :, :total]
-        self.keys = keys.unbind(0)
-        self.values = values.unbind(0)
-        self.new_keys = keys[:, :, :, start:].unbind(0)
-        self.new_values = values[:, :, :, start:].unbind(0)
-        self.mask = _mask(cache, extension, group)
+    def _address(self, array: npt.NDArray[Any], dtype: Any) -> int:
+        array = np.ascontiguousarray(array, dtype=dtype)
+        self._alive.append(array)
+        return int(array.ctypes.data)
 
 
-class PassAttention:
-    """All rows of a pass, end to end; at least one."""
+class GatheredAttention:
+    """A pass in plain torch; see the module's docstring."""
 
-    def __init__(self, rows: Sequence[RowAttention]) -> None:
-        self.rows = rows
+    def __init__(self, inputs: StepInputs, pool: KvPool, windows: Sequence[int | None]) -> None:
+        self._pool = pool
+        device = pool.layout.device
+        self._write = torch.from_numpy(inputs.write_slots).to(device)
+        sizes = np.diff(inputs.begins)
+        short = [row for row, size in enumerate(sizes) if size <= _PADDED_MAX]
+        groups = [short] if short else []
+        groups += [[row] for row, size in enumerate(sizes) if size > _PADDED_MAX]
+        masks = {
+            window: [inputs.padded_mask(group, window) for group in groups]
+            for window in dict.fromkeys(windows)
+        }
+        self._groups = []
+        for index, group in enumerate(groups):
+            tokens, real = inputs.padded_tokens(group)
+            self._groups.append(
+                _Padded(
+                    torch.from_numpy(tokens).to(device),
+                    torch.from_numpy(np.flatnonzero(real)).to(device),
+                    torch.from_numpy(inputs.padded_slots(group)).to(device),
+                    [torch.from_numpy(masks[window][index]).to(device) for window in windows],
+                )
+            )
 
     def attend(
         self,
@@ -61,58 +111,83 @@ class PassAttention:
     ) -> torch.Tensor:
         """Store the new keys and values of a layer and attend.
 
-        query [1, heads, N, head_dim], key and value [1, kv_heads, N, head_dim]. Returns
-        [1, N, heads, head_dim].
+        query [N, heads, head_dim], key and value [N, kv_heads, head_dim]; returns as query.
         """
-        heads, kv_heads, head_dim = query.shape[1], key.shape[1], query.shape[3]
-        group = heads // kv_heads
-        out = query.new_empty((query.shape[2], kv_heads, group, head_dim))
-        for row in self.rows:
-            begin, end = row.begin, row.end
-            row.new_keys[layer].copy_(key[:, :, begin:end])
-            row.new_values[layer].copy_(value[:, :, begin:end])
-            # The query heads that share a KV head become more queries of that head: no key is
-            # repeated, and one small product per KV head replaces one per query head.
-            folded = query[:, :, begin:end].reshape(1, kv_heads, -1, head_dim)
-            attended = functional.scaled_dot_product_attention(
-                folded, row.keys[layer], row.values[layer], attn_mask=row.mask, scale=scaling
-            )
-            unfolded = attended.view(kv_heads, group, end - begin, head_dim)
-            out[begin:end] = unfolded.permute(2, 0, 1, 3)
-        return out.view(1, -1, heads, head_dim)
-
-    def check_call(self, module: torch.nn.Module, arguments: dict[str, Any]) -> None:
-        """Look at how a layer calls attention. Only `ProbeAttention` does."""
+        keys, values = self._pool.buffer[layer]
+        keys.index_copy_(0, self._write, key)
+        values.index_copy_(0, self._write, value)
+        out = torch.empty_like(query)
+        for group in self._groups:
+            group.attend(layer, query, keys, values, scaling, out)
+        return out
 
 
-class ProbeAttention(PassAttention):
-    """A pass that also refuses what this attention does not do; run once, at load.
+class _Padded:
+    """Some rows of a pass as one rectangular batch."""
 
-    Raises ModelLoadError out of the model's forward pass. `calls` counts the calls per layer.
+    def __init__(
+        self,
+        tokens: torch.Tensor,
+        real: torch.Tensor,
+        slots: torch.Tensor,
+        masks: list[torch.Tensor],
+    ) -> None:
+        self.tokens = tokens  # [rows, n] index in the pass of each query; padding repeats the first
+        self.real = real  # indices into the flattened [rows * n] that are no padding
+        self.slots = slots  # [rows, length] slot of each key; padding repeats the first
+        self.masks = masks  # per layer, bool [rows, n, length]
+
+    def attend(
+        self,
+        layer: int,
+        query: torch.Tensor,
+        keys: torch.Tensor,
+        values: torch.Tensor,
+        scaling: float | None,
+        out: torch.Tensor,
+    ) -> None:
+        rows, count = self.tokens.shape
+        kv_heads, dim = keys.shape[1:]
+        group = query.shape[1] // kv_heads
+        # The query heads that share a KV head become more queries of that head: no key is
+        # repeated, and one product per KV head replaces one per query head.
+        folded = query[self.tokens].view(rows, count, kv_heads, group, dim).permute(0, 2, 3, 1, 4)
+        attended = functional.scaled_dot_product_attention(
+            folded.reshape(rows, kv_heads, group * count, dim),
+            keys[self.slots].transpose(1, 2),
+            values[self.slots].transpose(1, 2),
+            attn_mask=self.masks[layer].repeat(1, group, 1)[:, None],
+            scale=scaling,
+        )
+        unfolded = attended.view(rows, kv_heads, group, count, dim).permute(0, 3, 1, 2, 4)
+        unfolded = unfolded.reshape(rows * count, -1, dim)
+        out[self.tokens.flatten()[self.real]] = unfolded[self.real]
+
+
+class Probe:
+    """A plain pass that also refuses what this attention does not do; run once, at load.
+
+    Raises ModelLoadError out of the model's forward pass. Afterwards `windows` holds the sliding
+    window of each layer that called, None where it sees everything.
     """
 
-    def __init__(self, rows: Sequence[RowAttention], length_max: int) -> None:
-        super().__init__(rows)
+    def __init__(self, attention: GatheredAttention, length_max: int) -> None:
+        self.attention = attention
         self.length_max = length_max
-        self.calls: dict[int, int] = {}
+        self.calls: list[int] = []
+        self.windows: dict[int, int | None] = {}
 
     def check_call(self, module: torch.nn.Module, arguments: dict[str, Any]) -> None:
-        """Count the call and refuse an argument that would change the result."""
+        """Note the call and refuse an argument that would change the result."""
         layer = getattr(module, "layer_idx", None)
         if not isinstance(layer, int):
             raise ModelLoadError(f"its {type(module).__name__} does not say which layer it is")
-        self.calls[layer] = self.calls.get(layer, 0) + 1
+        self.calls.append(layer)
+        window = arguments.get("sliding_window")
+        self.windows[layer] = None if window is None or window >= self.length_max else window
         for name, value in arguments.items():
-            if value is None or name in _HARMLESS_ARGUMENTS:
-                continue
-            if name == "sliding_window" and value >= self.length_max:
-                continue
-            if name == "sliding_window":
-                raise ModelLoadError(
-                    f"it attends within a sliding window of {value} tokens, less than its"
-                    f" maximum length of {self.length_max}, which is not supported"
-                )
-            raise ModelLoadError(f"its attention needs '{name}', which is not supported")
+            if value is not None and name != "sliding_window" and name not in _HARMLESS_ARGUMENTS:
+                raise ModelLoadError(f"its attention needs '{name}', which is not supported")
 
 
 _HARMLESS_ARGUMENTS = frozenset(
@@ -139,20 +214,29 @@ def ragged_attention(
     attention_mask: torch.Tensor | None = None,
     *,
     scaling: float | None = None,
-    rows: PassAttention | None = None,
+    rows: torch.Tensor | GatheredAttention | Probe | None = None,
     **arguments: Any,
 ) -> tuple[torch.Tensor, None]:
-    """Attend as transformers' attention interface wants it; shapes as in `PassAttention`.
+    """Attend as transformers' attention interface wants it.
 
-    Raises ModelLoadError if the pass did not get here, as the model drops keyword arguments.
+    query [1, heads, N, head_dim], key and value [1, kv_heads, N, head_dim]; returns
+    [1, N, heads, head_dim]. `rows` is `NativeAttention.words`, or one of the other two. Raises
+    ModelLoadError if the pass did not get here, as the model drops keyword arguments.
     """
     if rows is None:
         raise ModelLoadError(
             f"{type(module).__name__} does not hand keyword arguments on to its attention"
         )
-    rows.check_call(module, arguments)
+    query, key, value = (tensor[0].transpose(0, 1) for tensor in (query, key, value))
     layer: int = module.layer_idx  # type: ignore[assignment]
-    return rows.attend(layer, query, key, value, scaling), None
+    if isinstance(rows, torch.Tensor):
+        scale = query.shape[-1] ** -0.5 if scaling is None else scaling
+        attended = torch.ops.outrider.attend(query, key, value, rows, layer, scale)
+        return attended[None], None
+    if isinstance(rows, Probe):
+        rows.check_call(module, arguments)
+        rows = rows.attention
+    return rows.attend(layer, query, key, value, scaling)[None], None
 
 
 def register() -> None:
@@ -160,17 +244,15 @@ def register() -> None:
     AttentionInterface.register(ATTENTION, ragged_attention)
 
 
-def _mask(cache: SessionCache, extension: Extension, group: int) -> torch.Tensor | None:
-    """Return the additive mask [group * n, start + n] of a row, or None if all is visible."""
-    layout, count, total = cache.layout, extension.size, extension.start + extension.size
-    if layout.layers == 0 or (count == 1 and extension.visible is None):
-        return None
-    if extension.visible is None:
-        hidden = torch.ones((count, count), dtype=torch.bool).triu_(1)
-    else:
-        hidden = torch.from_numpy(~extension.visible)
-    if not hidden.any():
-        return None
-    mask = torch.zeros((count, total), dtype=layout.dtype)
-    mask[:, total - hidden.shape[1] :].masked_fill_(hidden, float("-inf"))
-    return mask.to(layout.device).repeat(group, 1)
+def _tasks(inputs: StepInputs) -> npt.NDArray[np.int32]:
+    """Return [tasks, 2] token ranges, none across rows.
+
+    Every other one first: a thread takes a stretch of them, and later tiles of a long chunk see
+    more keys.
+    """
+    tiles = [
+        (tile, min(tile + _TILE, int(end)))
+        for begin, end in zip(inputs.begins[:-1], inputs.begins[1:], strict=True)
+        for tile in range(int(begin), int(end), _TILE)
+    ]
+    return np.array(tiles[::2] + tiles[1::2], dtype=np.int32)

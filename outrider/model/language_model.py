@@ -6,16 +6,23 @@ one pass. Module definitions are transformers' own; the batch and the cache are 
 
 from __future__ import annotations
 
+import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
 
+import numpy as np
 import torch
 from transformers import PreTrainedModel
 
 from outrider.errors import ModelLoadError
-from outrider.model import attention
-from outrider.model.kv_cache import Extension, KvLayout, SessionCache
+from outrider.kv_blocks import BLOCK_TOKENS
+from outrider.model import attention, native
+from outrider.model.kv_cache import Extension, KvLayout, KvPool, SessionCache
+from outrider.model.step_inputs import StepInputs, step_inputs
+
+Logits: TypeAlias = torch.Tensor
+"""[rows, vocabulary]: named here for those who hand logits on and do not see torch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,15 +83,22 @@ class LanguageModel(Protocol):
     def kv_bytes_per_token(self) -> int:
         """Bytes of KV that a token takes in a session's cache."""
 
+    def new_pool(self, tokens_max: int | None = None) -> KvPool:
+        """Allocate a KV budget; None: what the machine has room for. It belongs to the caller."""
+
     def new_cache(self) -> SessionCache:
-        """Create an empty cache; it belongs to the caller, who also releases it."""
+        """Create an empty cache in a pool of the model's own; the caller releases it.
+
+        For drafters and tests; who must keep a budget makes a pool.
+        """
 
     def forward(self, rows: Sequence[Row]) -> torch.Tensor:
         """Run the rows and return the wanted logits, float32 [sum(len(wanted)), vocabulary].
 
         Row after row, in the order of each row's `wanted`. The new tokens are then part of their
         caches. A row's logits do not depend on its company beyond rounding. Raises ValueError
-        for wrong rows, in which case no cache has changed.
+        for wrong rows and OutOfBlocks where the KV budget has no room for the new tokens; in both
+        cases no cache has changed what it holds.
         """
 
 
@@ -113,7 +127,10 @@ class TransformersModel:
         self.length_max: int = config.max_position_embeddings
         self.device: torch.device = module.device
         self.layout = _kv_layout(config, module)
-        self._group: int = config.num_attention_heads // self.layout.kv_heads
+        self.windows: tuple[int | None, ...] = (None,) * self.layout.layers
+        """Sliding window of each layer, found out by `probe`."""
+        self._native = native.has_attention(self.device, self.layout.dtype)
+        self._pool: KvPool | None = None
 
     @property
     def name(self) -> str:
@@ -150,39 +167,71 @@ class TransformersModel:
         """Bytes of KV that a token takes in a session's cache."""
         return self.layout.bytes_per_token
 
+    def new_pool(self, tokens_max: int | None = None) -> KvPool:
+        """Allocate a KV budget; see `LanguageModel.new_pool`."""
+        if tokens_max is None:
+            tokens_max = _kv_tokens_default(self.layout)
+        return KvPool(self.layout, tokens_max, self.model_fingerprint)
+
     def new_cache(self) -> SessionCache:
-        """Create an empty cache; it belongs to the caller, who also releases it."""
-        return SessionCache(self.layout)
+        """Create an empty cache; see `LanguageModel.new_cache`."""
+        if self._pool is None:
+            self._pool = self.new_pool()
+        return self._pool.new_cache()
 
     def forward(self, rows: Sequence[Row]) -> torch.Tensor:
         """Run the rows; see `LanguageModel.forward`."""
         extensions = self._plan(rows)
         if not rows:
             return torch.empty((0, self.vocabulary_size), device=self.device)
-        with torch.inference_mode():
-            placed = _place(rows, extensions, self._group)
-            logits = self._run(rows, extensions, attention.PassAttention(placed))
+        logits = self.run(self._inputs(rows, extensions), rows[0].cache.pool)
         # Last, so that a pass that failed has not changed what the caches claim to hold.
         for row, extension in zip(rows, extensions, strict=True):
             row.cache.apply(extension)
         return logits
 
+    def run(self, inputs: StepInputs, pool: KvPool) -> torch.Tensor:
+        """Compute a pass; returns the wanted logits, float32 [M, vocabulary]."""
+        with torch.inference_mode():
+            if self._native:
+                plan = attention.NativeAttention(inputs, pool, self.windows)
+                return self._run(inputs, plan.words)
+            plain = attention.GatheredAttention(inputs, pool, self.windows)
+            return self._run(inputs, plain)
+
     def probe(self) -> None:
-        """Check that the model's attention can be addressed; see `loading`. Raises
-        ModelLoadError."""
+        """Check that the model's attention can be addressed, and learn its sliding windows.
+
+        Raises ModelLoadError.
+        """
         cache = self.new_cache()
         rows = [Row(cache, [0, 1], None, [0, 1])]
-        extensions = self._plan(rows)
-        with torch.inference_mode():
-            placed = _place(rows, extensions, self._group)
-            probe = attention.ProbeAttention(placed, self.length_max)
-            self._run(rows, extensions, probe)
         layers = self.layout.layers
-        if probe.calls != dict.fromkeys(range(layers), 1):
+        try:
+            inputs = self._inputs(rows, self._plan(rows))
+            with torch.inference_mode():
+                plain = attention.GatheredAttention(inputs, cache.pool, (None,) * layers)
+                probe = attention.Probe(plain, self.length_max)
+                self._run(inputs, probe)
+        finally:
+            cache.release()
+        if sorted(probe.calls) != list(range(layers)):
             raise ModelLoadError(
-                f"only {len(probe.calls)} of its {layers} layers use the attention interface"
+                f"only {len(set(probe.calls))} of its {layers} layers use the attention interface"
                 " once per pass"
             )
+        self.windows = tuple(probe.windows[layer] for layer in range(layers))
+
+    def _inputs(self, rows: Sequence[Row], extensions: Sequence[Extension]) -> StepInputs:
+        """Make room in the caches and lay the rows end to end."""
+        for row, extension in zip(rows, extensions, strict=True):
+            row.cache.reserve(extension.start + extension.size)
+        return step_inputs(
+            [row.tokens for row in rows],
+            [row.cache for row in rows],
+            extensions,
+            [row.wanted for row in rows],
+        )
 
     def _plan(self, rows: Sequence[Row]) -> list[Extension]:
         """Check the rows and say where their tokens go. Changes nothing; raises ValueError."""
@@ -190,6 +239,8 @@ class TransformersModel:
             raise ValueError("a cache may occur only once in a pass")
         extensions = []
         for row in rows:
+            if row.cache.pool is not rows[0].cache.pool:
+                raise ValueError("the caches of a pass must share one pool")
             if row.cache.layout != self.layout:
                 raise ValueError("the cache was made for another model")
             if not row.tokens:
@@ -209,41 +260,35 @@ class TransformersModel:
 
     def _run(
         self,
-        rows: Sequence[Row],
-        extensions: Sequence[Extension],
-        batch: attention.PassAttention,
+        inputs: StepInputs,
+        rows: torch.Tensor | attention.GatheredAttention | attention.Probe,
     ) -> torch.Tensor:
-        """Run the modules over the flattened rows; returns the wanted logits in float32."""
-        tokens = [token for row in rows for token in row.tokens]
-        positions = [at for plan in extensions for at in plan.positions.tolist()]
-        wanted = [
-            placed.begin + index
-            for row, placed in zip(rows, batch.rows, strict=True)
-            for index in row.wanted
-        ]
-        inputs = torch.tensor([tokens, positions], device=self.device)
+        """Run the modules; `rows` is what the attention takes."""
+        places = torch.from_numpy(np.stack([inputs.tokens, inputs.positions])).to(self.device)
         output = self.module(
-            input_ids=inputs[:1],
-            position_ids=inputs[1:],
+            input_ids=places[:1],
+            position_ids=places[1:],
             use_cache=False,
-            logits_to_keep=torch.tensor(wanted, dtype=torch.int64, device=self.device),
-            rows=batch,
+            logits_to_keep=torch.from_numpy(inputs.wanted).to(self.device),
+            rows=rows,
         )
         logits: torch.Tensor = output.logits[0]
         return logits.float()
 
 
-def _place(
-    rows: Sequence[Row], extensions: Sequence[Extension], group: int
-) -> list[attention.RowAttention]:
-    """Make room in the caches and lay the rows end to end."""
-    placed = []
-    begin = 0
-    for row, extension in zip(rows, extensions, strict=True):
-        row.cache.reserve(extension.start + extension.size)
-        placed.append(attention.RowAttention(row.cache, extension, begin, group))
-        begin += extension.size
-    return placed
+_KV_TOKENS_DEFAULT = 65_536
+_KV_MEMORY_SHARE_CPU = 0.4
+_KV_MEMORY_SHARE_GPU = 0.85
+
+
+def _kv_tokens_default(layout: KvLayout) -> int:
+    """Return a KV budget in tokens that the memory at hand has room for."""
+    if layout.device.type == "cuda":
+        free, _ = torch.cuda.mem_get_info(layout.device)
+        return max(BLOCK_TOKENS, int(free * _KV_MEMORY_SHARE_GPU) // max(1, layout.bytes_per_token))
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _KV_MEMORY_SHARE_CPU
+    fits = int(memory) // max(1, layout.bytes_per_token)
+    return max(BLOCK_TOKENS, min(_KV_TOKENS_DEFAULT, fits))
 
 
 def _kv_layout(config: Any, module: PreTrainedModel) -> KvLayout:

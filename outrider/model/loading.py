@@ -15,11 +15,11 @@ from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import ModelLoadError
-from outrider.model import attention, random_model
+from outrider.model import attention, native, random_model
 from outrider.model.fingerprint import folder_digest, model_fingerprint, parameters_digest
 from outrider.model.language_model import LanguageModel, ModelIdentity, TransformersModel
 from outrider.model.packaged import PACKAGES, packaged_model, progress, quiet_transformers
-from outrider.model.packing import can_pack, pack_linears
+from outrider.model.packing import pack_linears, packing
 from outrider.model.support import check_config, check_model
 from outrider.tokenizer import TOKENIZER_FILES, byte_tokenizer_files, tokenizer_fingerprint
 
@@ -163,10 +163,12 @@ def _assemble(
         tokenizer = Tokenizer.from_buffer(tokenizer_files["tokenizer.json"])
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelLoadError(f"its tokenizer.json cannot be read: {error}") from error
-    kernels = f"{module.device.type}-sdpa"
-    if can_pack(module.dtype, module.device):
-        pack_linears(module)
-        kernels += "-packed"
+    attends = "native" if native.has_attention(module.device, module.dtype) else "gathered"
+    kernels = f"{module.device.type}-{attends}"
+    packed = packing(module.dtype, module.device)
+    if packed is not None:
+        pack_linears(module, packed)
+        kernels += f"-{packed.__name__}"
     config: dict[str, Any] = module.config.to_dict()
     identity = ModelIdentity(
         name=name,

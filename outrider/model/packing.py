@@ -4,8 +4,9 @@ A pass over few tokens is bound by reading the weights. Products from plain row-
 slow exactly there, above all with 2 to 8 rows, which is where speculation lives. With packing the
 time also grows steadily with the rows, so nothing is gained by padding a batch.
 
-This uses the operators that torch's own compiler emits for CPU inference. They are not public,
-hence the one small module, the check for their presence, and torch's exact pin.
+`PackedLinear` uses the operators that torch's own compiler emits for CPU inference. They are not
+public, hence the one small module, the check for their presence, and torch's exact pin. They take
+bfloat16 only on processors with instructions for it; elsewhere `WidenedLinear` does.
 """
 
 from __future__ import annotations
@@ -14,6 +15,8 @@ from typing import Any
 
 import torch
 from torch import nn
+
+from outrider.model import native
 
 # The kernels choose their layout for a number of rows. Packed for 8, they were as fast at 1 row,
 # and at any number above, as when packed for that number.
@@ -48,26 +51,54 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def can_pack(dtype: torch.dtype, device: torch.device) -> bool:
-    """True if this torch, on this processor, has packed kernels that pay for the precision."""
+class WidenedLinear(nn.Module):
+    """An `nn.Linear` with bfloat16 weights for processors that cannot multiply bfloat16.
+
+    Weights stay bfloat16 in memory, half of what a small batch has to read, and are widened to
+    float32 on the way to the registers. Sums are float32, results bfloat16.
+    """
+
+    def __init__(self, linear: nn.Linear) -> None:
+        super().__init__()
+        self.in_features = linear.in_features
+        self.out_features = linear.out_features
+        bias: Any = linear.bias
+        self._bias = None if bias is None else bias.detach().float()
+        self._packed: torch.Tensor = torch.ops.outrider.pack_weight(linear.weight.detach())
+
+    def forward(self, inputs: torch.Tensor) -> torch.Tensor:
+        """Map [..., in_features] to [..., out_features]."""
+        flat = inputs.reshape(-1, self.in_features)
+        outputs: torch.Tensor = torch.ops.outrider.packed_linear(
+            flat, self._packed, self._bias, self.out_features
+        )
+        return outputs.view(*inputs.shape[:-1], self.out_features)
+
+    def extra_repr(self) -> str:
+        """Describe the module as `nn.Linear` does."""
+        return f"in_features={self.in_features}, out_features={self.out_features}"
+
+
+def packing(dtype: torch.dtype, device: torch.device) -> type[nn.Module] | None:
+    """Return the packed linear layer for the precision on this torch and processor, if any."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
-        return False
+        return None
     probe = nn.Linear(16, 16, device=device, dtype=dtype)
     try:
         with torch.inference_mode():
             PackedLinear(probe)(torch.zeros((1, 16), dtype=dtype))
+        return PackedLinear
     except (AttributeError, RuntimeError):  # no such operator, or not for this processor
-        return False
-    return True
+        return WidenedLinear if native.has_linear(device, dtype) else None
 
 
-def pack_linears(module: nn.Module) -> None:
+def pack_linears(module: nn.Module, packed: type[nn.Module]) -> None:
     """Replace every `nn.Linear` below `module`; its weights are freed as it goes.
 
     Tied weights stay in memory twice: once packed, once as the embedding.
     """
     for name, child in module.named_children():
         if type(child) is nn.Linear:  # a subclass may compute something else
-            setattr(module, name, PackedLinear(child))
+            setattr(module, name, packed(child))
         else:
-            pack_linears(child)
+            pack_linears(child, packed)
