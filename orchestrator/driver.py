@@ -50,7 +50,7 @@ from orchestrator.messages import (
     VerifierLost,
 )
 from orchestrator.placement import choose_drafters, choose_verifier
-from orchestrator.session import Session, State
+from orchestrator.session import Session
 from orchestrator.text import TextStream
 from orchestrator.workers import (
     NO_STEP,
@@ -131,9 +131,8 @@ class Driver:
         ]
         self._running.update({running.number: running for running in generation.choices})
         for running in generation.choices:
-            # A choice that cannot be placed has ended those after it.
-            if running.session.state is not State.ENDED:
-                self._perform(running, running.session.start())
+            # If one cannot be placed, all have ended: to them nothing happens any more.
+            self._perform(running, running.session.start())
         return generation
 
     def _sessions(self, job: Job) -> list[Session]:

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import json
 from collections.abc import AsyncIterator, Iterable
 
 import pytest
 
+from orchestrator import jobs
 from orchestrator.config import DriverConfig
 from outrider.client import (
     Client,
@@ -33,6 +35,7 @@ from outrider.errors import Exhausted, InternalError, InvalidRequest, Unavailabl
 from outrider.v1 import verifier_pb2
 from tests.support.fleet import RunningOrchestrator, orchestrator, until
 from tests.support.scripted_verifier import (
+    INFO,
     RunningScript,
     Script,
     answer,
@@ -341,6 +344,60 @@ async def test_a_choice_that_fails_takes_the_others_along(failing: int) -> None:
 
         await until(freed, what="every session that was opened is aborted")
         assert [worker.sessions for worker in await running.client.workers()] == [0]
+
+
+async def test_a_generation_that_fails_is_freed_even_if_nobody_reads_it() -> None:
+    def script(spec: SessionSpec) -> Responses:
+        yield from endless(spec)
+        if spec.seed == SEEDS[1]:
+            yield rejection(spec, RejectionCode.INTERNAL, "the step failed")
+
+    async with fleet(script) as (running, _):
+        asked = jobs.Request(seed=SEED, token_ids=PROMPT, n=3)
+        job = jobs.job_of(asked, INFO, running.fleet.codec(INFO), DriverConfig())
+        generation = running.driver.generate(job)
+        assert running.driver.load == 3
+
+        async def freed() -> bool:
+            return running.driver.load == 0
+
+        await until(freed, what="all choices are gone")
+        outputs = [output async for output in generation.outputs()]
+        assert isinstance(outputs[-1], Unavailable)
+
+
+async def test_all_choices_or_none() -> None:
+    """A verifier with room for two of three: the caller hears why, and the two are freed."""
+
+    def full(spec: SessionSpec) -> Responses:
+        if spec.seed == SEEDS[2]:
+            return [rejection(spec, RejectionCode.EXHAUSTED, "the verifier has its 2 sessions")]
+        return endless(spec)
+
+    async with fleet(full) as (running, target):
+        with pytest.raises(Exhausted, match="has its 2 sessions"):
+            await running.client.complete_all(wanted(n=3), timeout_s=20)
+        assert running.driver.load == 0
+
+        async def freed() -> bool:
+            return len(target.verifier.aborts) == 3
+
+        await until(freed, what="the choices that were opened are aborted")
+        events = running.client.generate(wanted(n=2))
+        await anext(events)
+        await events.aclose()
+
+
+async def test_choices_that_find_no_verifier_fail_together() -> None:
+    async with fleet(endless) as (running, target):
+        asked = jobs.Request(seed=SEED, token_ids=PROMPT, n=3)
+        job = jobs.job_of(asked, INFO, running.fleet.codec(INFO), DriverConfig())
+        elsewhere = dataclasses.replace(job, info=dataclasses.replace(INFO, model="other"))
+        generation = running.driver.generate(elsewhere)
+        assert running.driver.load == 0
+        (error,) = [output async for output in generation.outputs()]
+        assert isinstance(error, Unavailable)
+        assert not target.verifier.opens
 
 
 async def test_a_finished_choice_does_not_end_the_others() -> None:
