@@ -519,7 +519,7 @@ def test_log_probabilities_go_with_their_ids() -> None:
 def test_log_probabilities_that_nobody_asked_for_are_left_out() -> None:
     session = decoding()
     assert session.step(committed(3, 0, logprobs=scored(0))) == [Deliver("a", (0,), (1,))]
-    for piece in (prompt_scored(1, 2, 3), prompt_scored(1, 9)):
+    for piece in (prompt_scored(1, 9), prompt_scored(1, 2, 3)):
         assert session.step(piece) == []
 
 
