@@ -28,7 +28,14 @@ _BUDGET = DraftBudget()
     type=click.IntRange(min=1),
     default=DriverConfig.sessions_max,
     show_default=True,
-    help="Generations at once; more are refused.",
+    help="Sessions at once, one for each continuation; more are refused.",
+)
+@click.option(
+    "--choices-max",
+    type=click.IntRange(min=1),
+    default=DriverConfig.choices_max,
+    show_default=True,
+    help="Continuations that one request may ask for (n).",
 )
 @click.option(
     "--drafters-per-session",
@@ -64,6 +71,7 @@ def command(
     log_format: Any,
     name: str | None,
     sessions_max: int,
+    choices_max: int,
     drafters_per_session: int,
     draft_nodes_max: int,
     draft_depth_max: int,
@@ -76,6 +84,7 @@ def command(
         name=name or f"orchestrator-{secrets.token_hex(4)}",
         driver=DriverConfig(
             sessions_max=sessions_max,
+            choices_max=choices_max,
             drafters_per_session=drafters_per_session,
             budget=DraftBudget(nodes_max=draft_nodes_max, depth_max=draft_depth_max),
             verifier_timeout_s=verifier_timeout_s,

@@ -12,7 +12,9 @@ class DriverConfig:
     """Bounds and times of session handling."""
 
     sessions_max: int = 1_024
-    """Generations at once; more are refused with RESOURCE_EXHAUSTED."""
+    """Sessions at once, one for each choice; more are refused with RESOURCE_EXHAUSTED."""
+    choices_max: int = 16
+    """Choices of one request; more are refused with INVALID_ARGUMENT."""
     drafters_per_session: int = 2
     budget: DraftBudget = field(default_factory=DraftBudget)
     silence_s: float = 5.0

@@ -12,12 +12,13 @@ import contextlib
 import logging
 import secrets
 import time
-from collections.abc import AsyncIterator
-from dataclasses import dataclass, field
-from typing import TypeAlias
+from dataclasses import replace
 
 from orchestrator.config import DriverConfig
+from orchestrator.dispatch import Dispatch
 from orchestrator.fleet import Fleet, Listener
+from orchestrator.generation import Delivery, Ending, Generation, Running
+from orchestrator.jobs import Job
 from orchestrator.messages import (
     AbortOnVerifier,
     AskRepeat,
@@ -27,6 +28,7 @@ from orchestrator.messages import (
     Command,
     Committed,
     Deliver,
+    DeliverPrompt,
     DrafterAttached,
     DrafterAvailable,
     DrafterGap,
@@ -40,6 +42,7 @@ from orchestrator.messages import (
     OpenOnVerifier,
     Placed,
     PlaceVerifier,
+    PromptScored,
     Refused,
     RelayCommit,
     Silence,
@@ -47,74 +50,19 @@ from orchestrator.messages import (
     VerifierLost,
 )
 from orchestrator.placement import choose_drafters, choose_verifier
-from orchestrator.session import Session, State
+from orchestrator.session import Session
 from orchestrator.text import TextStream
-from orchestrator.workers import DrafterBatch, DrafterLink, LinkState, VerifierBatch, VerifierLink
-from outrider import wire
-from outrider.domain import (
-    BindSpec,
-    ModelInfo,
-    Resync,
-    SamplingParams,
-    SessionSpec,
-    session_seed,
+from orchestrator.workers import (
+    NO_STEP,
+    DrafterBatch,
+    DrafterLink,
+    LinkState,
+    VerifierBatch,
+    VerifierLink,
 )
 from outrider.errors import Exhausted, OutriderError, Unavailable
-from outrider.serving.queues import Mailbox
 
 _log = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True, slots=True)
-class Job:
-    """A checked and tokenized request."""
-
-    info: ModelInfo
-    prompt: tuple[int, ...]
-    sampling: SamplingParams
-    seed: int
-    """The request's; the session's is derived from it."""
-    tokens_max: int
-    stop: tuple[str, ...]
-    stop_ids: frozenset[int]
-    ignore_eos: bool
-    speculation: bool
-
-
-@dataclass(frozen=True, slots=True)
-class Ending:
-    """The end of a generation, with its times in seconds."""
-
-    finish: Finish
-    first_token_s: float
-    total_s: float
-
-
-Output: TypeAlias = Deliver | Ending | OutriderError
-
-
-@dataclass(slots=True, eq=False)
-class Generation:
-    """One request under way. Iterate `outputs()`; call `Driver.abandon` when nobody listens."""
-
-    session: Session
-    info: ModelInfo
-    started_s: float
-    mailbox: Mailbox[Output] = field(default_factory=Mailbox)
-    first_token_s: float | None = None
-    heard_s: float = 0.0
-    """When the verifier was last heard of."""
-    progress_s: float = 0.0
-    """When it last made progress."""
-    bindings_made: int = 0
-    commit_bytes: bytes = b""
-    """The commit under way, as it came."""
-
-    async def outputs(self) -> AsyncIterator[Output]:
-        """Yield deliveries as they come, joined for nobody; ends after an Ending or an error."""
-        while batch := await self.mailbox.take():
-            for output in batch:
-                yield output
 
 
 class Driver:
@@ -123,7 +71,8 @@ class Driver:
     def __init__(self, fleet: Fleet, config: DriverConfig) -> None:
         self._fleet = fleet
         self._config = config
-        self._generations: dict[int, Generation] = {}
+        self._running: dict[int, Running] = {}
+        self._dispatch = Dispatch(fleet, config.budget)
         self._draining = False
         self._idle: asyncio.Event | None = None
         """Set when a drain has nothing left to wait for."""
@@ -144,7 +93,7 @@ class Driver:
     async def drain(self, timeout_s: float) -> None:
         """Take nothing new and wait for what is under way."""
         self._draining = True
-        if self._generations:
+        if self._running:
             self._idle = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
@@ -153,16 +102,14 @@ class Driver:
         """End everything."""
         if self._sweeper is not None:
             self._sweeper.cancel()
-        for generation in list(self._generations.values()):
-            self._step(generation, ClientGone())
-            generation.mailbox.put(Unavailable("the orchestrator is stopping; try again"))
-            generation.mailbox.close()
+        for running in list(self._running.values()):
+            self._fail(running.generation, Unavailable("the orchestrator is stopping; try again"))
         await self._fleet.close()
 
     @property
     def load(self) -> int:
-        """Generations under way."""
-        return len(self._generations)
+        """Sessions under way; each choice of a generation is one."""
+        return len(self._running)
 
     # --- requests ---
 
@@ -170,64 +117,72 @@ class Driver:
         """Start a generation. Raises `Exhausted` or `Unavailable`."""
         if self._draining:
             raise Unavailable("the orchestrator is draining; ask another replica")
-        if len(self._generations) >= self._config.sessions_max:
+        wanted = len(job.choices)
+        if len(self._running) + wanted > self._config.sessions_max:
             raise Exhausted(
-                f"the orchestrator has its {self._config.sessions_max} generations; try again later"
+                f"the orchestrator has {len(self._running)} of its {self._config.sessions_max} "
+                f"sessions and was asked for {wanted} more; try again later"
             )
-        number = secrets.randbits(64)
-        spec = SessionSpec(
-            session=number,
-            epoch=0,
-            prompt=job.prompt,
-            committed=(),
-            sampling=job.sampling,
-            seed=session_seed(job.seed, 0),
-            tokens_max=job.tokens_max,
-            stop_ids=job.stop_ids,
-            ignore_eos=job.ignore_eos,
-        )
-        session = Session(
-            spec,
-            TextStream(self._fleet.codec(job.info), job.stop),
-            drafters_wanted=self._config.drafters_per_session if job.speculation else 0,
-        )
         now_s = time.monotonic()
-        generation = Generation(session, job.info, now_s, heard_s=now_s, progress_s=now_s)
-        self._generations[number] = generation
-        self._perform(generation, session.start())
+        generation = Generation(job.info, now_s, prompt_wanted=job.prompt_logprobs)
+        generation.choices += [
+            Running(generation, choice, session, heard_s=now_s, progress_s=now_s)
+            for choice, session in enumerate(self._sessions(job))
+        ]
+        self._running.update({running.number: running for running in generation.choices})
+        for running in generation.choices:
+            # If one cannot be placed, all have ended: to them nothing happens any more.
+            self._perform(running, running.session.start())
         return generation
+
+    def _sessions(self, job: Job) -> list[Session]:
+        codec = self._fleet.codec(job.info)
+        drafters_wanted = self._config.drafters_per_session if job.speculation else 0
+        return [
+            Session(
+                replace(spec, session=secrets.randbits(64)),
+                TextStream(codec, job.stop),
+                drafters_wanted=drafters_wanted,
+            )
+            for spec in job.choices
+        ]
 
     def abandon(self, generation: Generation) -> None:
         """Free everything that a generation holds; harmless after its end."""
-        if generation.session.state is not State.ENDED:
-            self._step(generation, ClientGone())
+        for running in generation.unfinished():
+            self._step(running, ClientGone())
 
     # --- what workers say ---
 
     def _verifier_batch(self, link: VerifierLink, batch: VerifierBatch) -> None:
         now_s = time.monotonic()
         if batch.step is not None:
-            link.step_s, link.stepped_s = batch.step.duration_s, now_s
+            link.step, link.stepped_s = batch.step, now_s
         for number, epoch in batch.opened:
-            generation = self._on(link, number)
-            if generation is not None:
-                generation.heard_s = generation.progress_s = now_s
-                self._step(generation, Opened(epoch))
+            running = self._on(link, number)
+            if running is not None:
+                running.heard_s = running.progress_s = now_s
+                self._step(running, Opened(epoch))
         for rejection in batch.rejections:
-            generation = self._on(link, rejection.session)
-            if generation is not None:
-                self._step(generation, Refused(rejection))
+            running = self._on(link, rejection.session)
+            if running is not None:
+                self._step(running, Refused(rejection))
+        for piece in batch.prompt_logprobs:
+            running = self._on(link, piece.session)
+            if running is not None:
+                running.heard_s = running.progress_s = now_s
+                self._step(running, PromptScored(piece))
         for number, commit_bytes, commit, report in batch.commits:
-            generation = self._on(link, number)
-            if generation is None:
+            running = self._on(link, number)
+            if running is None:
                 continue
-            generation.heard_s = now_s
+            running.heard_s = now_s
             if commit.tokens:
-                generation.progress_s = now_s
-                if generation.first_token_s is None:
-                    generation.first_token_s = now_s - generation.started_s
-            generation.commit_bytes = commit_bytes
-            self._step(generation, Committed(commit, report))
+                running.progress_s = now_s
+                if running.first_token_s is None:
+                    running.first_token_s = now_s - running.generation.started_s
+            running.commit_bytes = commit_bytes
+            self._step(running, Committed(commit, report))
 
     def _drafter_batch(self, link: DrafterLink, batch: DrafterBatch) -> None:
         # The hot path: looked up, checked and passed on, unread.
@@ -239,24 +194,25 @@ class Driver:
             if verifier is not None:
                 verifier.offer(number, binding, draft)
         for rejection in batch.rejections:
-            generation = self._bound(link, rejection.session, rejection.binding)
-            if generation is not None:
+            running = self._bound(link, rejection.session, rejection.binding)
+            if running is not None:
                 _log.warning("drafter %s: %s", link.address, rejection.message)
                 link.sessions.discard(rejection.session)
-                self._step(generation, DrafterGone(rejection.binding, refused=True))
+                self._step(running, DrafterGone(rejection.binding, refused=True))
         for resync in batch.resyncs:
-            generation = self._bound(link, resync.session, resync.binding)
-            if generation is not None:
+            running = self._bound(link, resync.session, resync.binding)
+            if running is not None:
                 gap = DrafterGap(resync.binding, resync.epoch, resync.have_length)
-                self._step(generation, gap)
+                self._step(running, gap)
 
     def _verifier_changed(self, link: VerifierLink) -> None:
         if link.state is not LinkState.LOST:
             return
+        link.step = NO_STEP
         for number in list(link.sessions):
-            generation = self._generations.get(number)
-            if generation is not None:
-                self._step(generation, VerifierLost(link.reason))
+            running = self._running.get(number)
+            if running is not None:
+                self._step(running, VerifierLost(link.reason))
         link.sessions.clear()
 
     def _drafter_changed(self, link: DrafterLink) -> None:
@@ -264,33 +220,33 @@ class Driver:
             refusal = self._fleet.refusal(link.info)
             if refusal is not None:
                 _log.error("drafter %s is refused: %s", link.address, refusal)
-            for generation in list(self._generations.values()):
-                self._step(generation, DrafterAvailable())
+            for running in list(self._running.values()):
+                self._step(running, DrafterAvailable())
         if link.state is not LinkState.LOST:
             return
         numbers = list(link.sessions)
         link.sessions.clear()
         for number in numbers:
-            bereft = self._generations.get(number)
+            bereft = self._running.get(number)
             if bereft is None:
                 continue
             bindings = bereft.session.bindings
             for binding in [b for b, address in bindings.items() if address == link.address]:
                 self._step(bereft, DrafterGone(binding))
 
-    def _on(self, link: VerifierLink, number: int) -> Generation | None:
-        """The generation, if this verifier is the one that serves it."""
-        generation = self._generations.get(number)
-        if generation is None or generation.session.verifier != link.address:
+    def _on(self, link: VerifierLink, number: int) -> Running | None:
+        """The session, if this verifier is the one that serves it."""
+        running = self._running.get(number)
+        if running is None or running.session.verifier != link.address:
             return None
-        return generation
+        return running
 
-    def _bound(self, link: DrafterLink, number: int, binding: int) -> Generation | None:
-        """The generation, if this drafter has that attachment to it."""
-        generation = self._generations.get(number)
-        if generation is None or generation.session.bindings.get(binding) != link.address:
+    def _bound(self, link: DrafterLink, number: int, binding: int) -> Running | None:
+        """The session, if this drafter has that attachment to it."""
+        running = self._running.get(number)
+        if running is None or running.session.bindings.get(binding) != link.address:
             return None
-        return generation
+        return running
 
     async def _sweep(self) -> None:
         """Notice what does not happen: lost commits, hung verifiers."""
@@ -298,140 +254,85 @@ class Driver:
         while True:
             await asyncio.sleep(config.sweep_interval_s)
             now_s = time.monotonic()
-            for generation in list(self._generations.values()):
-                link = self._fleet.verifiers.get(generation.session.verifier or "")
+            for running in list(self._running.values()):
+                link = self._fleet.verifiers.get(running.session.verifier or "")
                 # A long prompt commits nothing for a while, but its verifier takes steps.
                 stepped_s = link.stepped_s if link is not None else 0.0
-                silent_s = now_s - max(generation.progress_s, stepped_s)
+                silent_s = now_s - max(running.progress_s, stepped_s)
                 if silent_s > config.verifier_timeout_s:
-                    generation.progress_s = generation.heard_s = now_s
-                    self._step(generation, VerifierLost(f"no progress for {silent_s:.0f} s"))
-                elif now_s - generation.heard_s > config.silence_s:
-                    generation.heard_s = now_s
-                    self._step(generation, Silence())
+                    running.progress_s = running.heard_s = now_s
+                    self._step(running, VerifierLost(f"no progress for {silent_s:.0f} s"))
+                elif now_s - running.heard_s > config.silence_s:
+                    running.heard_s = now_s
+                    self._step(running, Silence())
 
     # --- what sessions command ---
 
-    def _step(self, generation: Generation, event: Event) -> None:
-        self._perform(generation, generation.session.step(event))
+    def _step(self, running: Running, event: Event) -> None:
+        self._perform(running, running.session.step(event))
 
-    def _perform(self, generation: Generation, commands: list[Command]) -> None:
+    def _perform(self, running: Running, commands: list[Command]) -> None:
         for command in commands:
-            self._perform_one(generation, command)
+            self._perform_one(running, command)
 
-    def _perform_one(self, generation: Generation, command: Command) -> None:
+    def _perform_one(self, running: Running, command: Command) -> None:
         match command:
             case RelayCommit():
-                self._relay(generation, command)
-            case Deliver() | Finish() | Fail():
-                self._tell_client(generation, command)
-            case AttachDrafters() | BindDrafter() | UnbindDrafter():
-                self._tell_drafters(generation, command)
+                self._dispatch.relay(running, command)
+            case DeliverPrompt() | Deliver() | Finish():
+                self._tell_client(running, command)
+            case AttachDrafters(count, exclude):
+                self._attach(running, count, exclude)
+            case BindDrafter():
+                self._dispatch.bind(running, command)
+            case UnbindDrafter():
+                self._dispatch.unbind(running, command)
             case PlaceVerifier(exclude):
-                self._place(generation, exclude)
+                self._place(running, exclude)
             case OpenOnVerifier() | AbortOnVerifier() | AskRepeat():
-                self._tell_verifier(generation.session, command)
+                self._dispatch.to_verifier(running, command)
+            case Fail(error):
+                self._fail(running.generation, error)
             case Forget():
-                self._forget(generation.session)
+                self._forget(running)
 
-    def _forget(self, session: Session) -> None:
-        number = session.spec.session
-        self._generations.pop(number, None)
-        verifier = self._fleet.verifiers.get(session.verifier or "")
-        if verifier is not None:
-            verifier.sessions.discard(number)
-        if self._idle is not None and not self._generations:
-            self._idle.set()
-
-    def _tell_client(self, generation: Generation, command: Deliver | Finish | Fail) -> None:
+    def _tell_client(self, running: Running, command: DeliverPrompt | Deliver | Finish) -> None:
+        generation = running.generation
         match command:
+            case DeliverPrompt():
+                generation.say(command)
             case Deliver():
-                generation.mailbox.put(command)
+                generation.say(Delivery(running.choice, command))
             case Finish():
                 total_s = time.monotonic() - generation.started_s
-                first_s = generation.first_token_s or total_s
-                generation.mailbox.put(Ending(command, first_s, total_s))
-                generation.mailbox.close()
-            case Fail(error):
-                generation.mailbox.put(error)
-                generation.mailbox.close()
+                first_s = running.first_token_s or total_s
+                generation.say(Ending(running.choice, command, first_s, total_s))
 
-    def _tell_verifier(
-        self, session: Session, command: OpenOnVerifier | AbortOnVerifier | AskRepeat
-    ) -> None:
-        number = session.spec.session
-        address = command.address if isinstance(command, AbortOnVerifier) else session.verifier
-        verifier = self._fleet.verifiers.get(address or "")
-        if verifier is None:
-            return
-        match command:
-            case OpenOnVerifier(spec):
-                verifier.sessions.add(number)
-                verifier.open(spec)
-            case AbortOnVerifier(_, epoch):
-                verifier.sessions.discard(number)
-                verifier.abort(number, epoch)
-            case AskRepeat(epoch, have_length):
-                verifier.ask_repeat(Resync(number, epoch, have_length))
+    def _fail(self, generation: Generation, error: OutriderError) -> None:
+        """End all choices: half a generation is of no use, and a stream has one status."""
+        generation.fail(error)
+        self.abandon(generation)
 
-    def _tell_drafters(
-        self, generation: Generation, command: AttachDrafters | BindDrafter | UnbindDrafter
-    ) -> None:
-        match command:
-            case AttachDrafters(count, exclude):
-                self._attach(generation, count, exclude)
-            case BindDrafter(binding, epoch, committed):
-                self._bind(generation, binding, epoch, committed)
-            case UnbindDrafter(binding, address):
-                number = generation.session.spec.session
-                drafter = self._fleet.drafters.get(address)
-                if drafter is not None:
-                    drafter.sessions.discard(number)
-                    drafter.unbind(number, binding)
+    def _forget(self, running: Running) -> None:
+        self._running.pop(running.number, None)
+        verifier = self._fleet.verifiers.get(running.session.verifier or "")
+        if verifier is not None:
+            verifier.sessions.discard(running.number)
+        if self._idle is not None and not self._running:
+            self._idle.set()
 
-    def _relay(self, generation: Generation, command: RelayCommit) -> None:
-        number = generation.session.spec.session
-        data = generation.commit_bytes if command.verbatim else wire.commit_to_bytes(command.commit)
-        for binding in command.bindings:
-            drafter = self._fleet.drafters.get(generation.session.bindings.get(binding, ""))
-            if drafter is not None:
-                drafter.commit(number, data)
-
-    def _place(self, generation: Generation, exclude: frozenset[str]) -> None:
-        model = generation.info.model
+    def _place(self, running: Running, exclude: frozenset[str]) -> None:
+        model = running.generation.info.model
         view = choose_verifier(self._fleet.verifier_views(), model, exclude)
         now_s = time.monotonic()
-        generation.heard_s = generation.progress_s = now_s
+        running.heard_s = running.progress_s = now_s
         if view is None:
-            self._step(generation, NotPlaced(f"no verifier for {model} has room; try again later"))
+            self._step(running, NotPlaced(f"no verifier for {model} has room; try again later"))
         else:
-            self._step(generation, Placed(view.address))
+            self._step(running, Placed(view.address))
 
-    def _attach(self, generation: Generation, count: int, exclude: frozenset[str]) -> None:
-        views = choose_drafters(self._fleet.drafter_views(), generation.info, count, exclude)
-        for view in views:
-            generation.bindings_made += 1
-            self._step(generation, DrafterAttached(generation.bindings_made, view.address))
-
-    def _bind(
-        self, generation: Generation, binding: int, epoch: int, committed: tuple[int, ...]
-    ) -> None:
-        spec = generation.session.spec
-        drafter = self._fleet.drafters.get(generation.session.bindings[binding])
-        if drafter is None:
-            return
-        drafter.sessions.add(spec.session)
-        drafter.bind(
-            BindSpec(
-                session=spec.session,
-                epoch=epoch,
-                binding=binding,
-                prompt=spec.prompt,
-                committed=committed,
-                sampling=spec.sampling,
-                seed=spec.seed,
-                tokenizer_fingerprint=generation.info.tokenizer_fingerprint or "",
-                vocabulary_size=generation.info.vocabulary_size,
-                budget=self._config.budget,
-            )
-        )
+    def _attach(self, running: Running, count: int, exclude: frozenset[str]) -> None:
+        info = running.generation.info
+        for view in choose_drafters(self._fleet.drafter_views(), info, count, exclude):
+            running.bindings_made += 1
+            self._step(running, DrafterAttached(running.bindings_made, view.address))

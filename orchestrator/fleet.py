@@ -45,6 +45,10 @@ class WorkerStatus:
     incarnation: str
     step_s: float
     """Duration of a verifier's last step in seconds; 0 until known."""
+    kv_tokens_used: int
+    """Tokens of KV in use on a verifier at its last step; 0 until known."""
+    waiting: int
+    """Admitted sessions that waited for KV there."""
 
 
 class Fleet:
@@ -166,6 +170,7 @@ class Fleet:
             fault = self.refusal(link.info)
             if fault is not None:
                 state, reason = "refused", fault
+        step = link.step if isinstance(link, VerifierLink) else None
         return WorkerStatus(
             role=link.role,
             address=link.address,
@@ -174,7 +179,9 @@ class Fleet:
             info=link.info,
             sessions=len(link.sessions),
             incarnation=link.incarnation,
-            step_s=link.step_s if isinstance(link, VerifierLink) else 0.0,
+            step_s=step.duration_s if step else 0.0,
+            kv_tokens_used=step.kv_tokens_used if step else 0,
+            waiting=step.waiting if step else 0,
         )
 
 

@@ -9,9 +9,11 @@ from outrider.domain import (
     Commit,
     CommitReport,
     FinishReason,
+    PromptLogprobs,
     Rejection,
     SessionSpec,
     SpeculationCounters,
+    TokenLogprobs,
 )
 from outrider.errors import OutriderError
 
@@ -44,6 +46,13 @@ class Refused:
     """The verifier refused or ended the session."""
 
     rejection: Rejection
+
+
+@dataclass(frozen=True, slots=True)
+class PromptScored:
+    """The verifier computed log-probabilities of a stretch of the prompt."""
+
+    piece: PromptLogprobs
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,6 +115,7 @@ Event: TypeAlias = (
     | NotPlaced
     | Opened
     | Refused
+    | PromptScored
     | Committed
     | VerifierLost
     | Silence
@@ -185,12 +195,22 @@ class RelayCommit:
 
 
 @dataclass(frozen=True, slots=True)
+class DeliverPrompt:
+    """Hand the prompt's log-probabilities to the client: once, all of them, before any output."""
+
+    tokens: tuple[TokenLogprobs, ...]
+    """From the prompt's second token on."""
+
+
+@dataclass(frozen=True, slots=True)
 class Deliver:
     """Hand output to the client."""
 
     text: str
     token_ids: tuple[int, ...]
     sources: tuple[int, ...]
+    logprobs: tuple[TokenLogprobs, ...] = ()
+    """One for each id if they were asked for."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -223,6 +243,7 @@ Command: TypeAlias = (
     | BindDrafter
     | UnbindDrafter
     | RelayCommit
+    | DeliverPrompt
     | Deliver
     | Finish
     | Fail

@@ -1,4 +1,4 @@
-"""gRPC front door: checks and tokenizes requests, streams generations."""
+"""gRPC front door: reads requests, streams generations."""
 
 from __future__ import annotations
 
@@ -10,10 +10,11 @@ from typing import Any
 import grpc.aio
 
 from orchestrator.config import DriverConfig
-from orchestrator.driver import Driver, Ending, Job
+from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
-from orchestrator.messages import Deliver
-from orchestrator.text import TextCodec
+from orchestrator.generation import Delivery, Ending
+from orchestrator.jobs import Job, Request, job_of
+from orchestrator.messages import DeliverPrompt
 from outrider import wire
 from outrider.domain import ModelInfo
 from outrider.errors import InvalidRequest, Unavailable, UnknownModel
@@ -43,10 +44,11 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         request: generation_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
-        """Generate one continuation and stream it; leaving early frees both fleets."""
+        """Generate what was asked for and stream it; leaving early frees both fleets."""
         async with status_of_errors(context):
             info = self._model(request.model)
-            job = job_of(request, info, self._fleet.codec(info), self._config)
+            asked = _request(request, self._config)
+            job = job_of(asked, info, self._fleet.codec(info), self._config)
             generation = self._driver.generate(job)
             try:
                 started = False
@@ -101,96 +103,38 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 sessions=status.sessions,
                 incarnation=status.incarnation,
                 step_s=status.step_s,
+                kv_tokens_used=status.kv_tokens_used,
+                waiting=status.waiting,
             )
         return response
 
 
-def job_of(
-    request: generation_pb2.GenerateRequest,
-    info: ModelInfo,
-    codec: TextCodec,
-    config: DriverConfig,
-) -> Job:
-    """Check a request and tokenize it. Raises `InvalidRequest` naming the field."""
-    size = request.ByteSize()
+def _request(message: generation_pb2.GenerateRequest, config: DriverConfig) -> Request:
+    """Read a message. Raises `InvalidRequest` for one that is too large or that makes no sense."""
+    size = message.ByteSize()
     if size > config.prompt_bytes_max:
         raise InvalidRequest(
-            request.WhichOneof("input") or "request",
+            message.WhichOneof("input") or "request",
             f"the message has {size} bytes; at most {config.prompt_bytes_max} are taken",
         )
-    _check_stops(request, info, config)
-    prompt = _prompt(request, info, codec)
-    room = info.length_max - len(prompt)
-    if room < 1:
-        raise InvalidRequest(
-            request.WhichOneof("input") or "request",
-            f"the prompt has {len(prompt)} tokens; the context of {info.model} holds "
-            f"{info.length_max}, output included",
-        )
-    tokens_max = request.tokens_max if request.HasField("tokens_max") else room
-    if tokens_max < 1:
-        raise InvalidRequest("tokens_max", "must be at least 1")
-    if tokens_max > room:
-        raise InvalidRequest(
-            "tokens_max",
-            f"{tokens_max} output tokens do not fit: the prompt has {len(prompt)} tokens and the "
-            f"context of {info.model} holds {info.length_max}, so at most {room}",
-        )
-    return Job(
-        info=info,
-        prompt=prompt,
-        sampling=wire.sampling_from_pb(request.sampling),
-        seed=request.seed if request.HasField("seed") else secrets.randbits(63),
-        tokens_max=tokens_max,
-        stop=tuple(request.stop),
-        stop_ids=frozenset(request.stop_ids),
-        ignore_eos=request.ignore_eos,
-        speculation=request.speculation if request.HasField("speculation") else True,
+    given = {field.name: value for field, value in message.ListFields()}
+    chat = [(turn.role, turn.content) for turn in message.chat.messages]
+    return Request(
+        prompt=given.get("prompt"),
+        chat=tuple(chat) if "chat" in given else None,
+        token_ids=tuple(message.token_ids.ids) if "token_ids" in given else None,
+        sampling=wire.sampling_from_pb(message.sampling),
+        seed=given.get("seed", secrets.randbits(63)),
+        n=given.get("n", 1),
+        tokens_max=given.get("tokens_max"),
+        stop=tuple(message.stop),
+        stop_ids=tuple(message.stop_ids),
+        ignore_eos=message.ignore_eos,
+        speculation=given.get("speculation", True),
+        logprobs=given.get("logprobs"),
+        prompt_logprobs=given.get("prompt_logprobs"),
+        cache_salt=message.cache_salt,
     )
-
-
-def _check_stops(
-    request: generation_pb2.GenerateRequest, info: ModelInfo, config: DriverConfig
-) -> None:
-    if len(request.stop) > config.stop_strings_max:
-        raise InvalidRequest("stop", f"at most {config.stop_strings_max} stop strings are taken")
-    for text in request.stop:
-        if not text:
-            raise InvalidRequest("stop", "a stop string must not be empty")
-        if len(text.encode()) > config.stop_bytes_max:
-            raise InvalidRequest("stop", f"a stop string has at most {config.stop_bytes_max} bytes")
-    if len(request.stop_ids) > config.stop_ids_max:
-        raise InvalidRequest("stop_ids", f"at most {config.stop_ids_max} are taken")
-    _check_ids("stop_ids", request.stop_ids, info)
-
-
-def _prompt(
-    request: generation_pb2.GenerateRequest, info: ModelInfo, codec: TextCodec
-) -> tuple[int, ...]:
-    match request.WhichOneof("input"):
-        case "prompt":
-            field, prompt = "prompt", codec.encode(request.prompt) if request.prompt else ()
-        case "chat":
-            messages = [(message.role, message.content) for message in request.chat.messages]
-            if not messages:
-                raise InvalidRequest("chat.messages", "must hold at least one message")
-            field, prompt = "chat", codec.encode_chat(messages)
-        case "token_ids":
-            field, prompt = "token_ids", tuple(request.token_ids.ids)
-        case _:
-            raise InvalidRequest("prompt", "one of prompt, chat or token_ids must be given")
-    if not prompt:
-        raise InvalidRequest(field, "is empty; give at least one token to continue")
-    _check_ids(field, prompt, info)
-    return prompt
-
-
-def _check_ids(field: str, ids: Any, info: ModelInfo) -> None:
-    wrong = next((token for token in ids if token >= info.vocabulary_size), None)
-    if wrong is not None:
-        raise InvalidRequest(
-            field, f"id {wrong} is outside the vocabulary of {info.vocabulary_size} ids"
-        )
 
 
 def _started(job: Job, info: ModelInfo) -> _Response:
@@ -205,23 +149,35 @@ def _started(job: Job, info: ModelInfo) -> _Response:
     )
 
 
-def _response(output: Deliver | Ending, prompt_tokens: int) -> _Response:
-    if isinstance(output, Deliver):
-        return _Response(
-            delta=generation_pb2.GenerationDelta(
-                text=output.text, token_ids=output.token_ids, sources=output.sources
+def _response(output: DeliverPrompt | Delivery | Ending, prompt_tokens: int) -> _Response:
+    match output:
+        case DeliverPrompt(tokens):
+            return _Response(
+                prompt_logprobs=generation_pb2.PromptLogprobs(
+                    tokens=[wire.token_logprobs_to_pb(token) for token in tokens]
+                )
             )
-        )
-    return _Response(
-        finished=generation_pb2.GenerationFinished(
-            reason=wire.finish_reason_to_pb(output.finish.reason),
-            usage=generation_pb2.Usage(
-                prompt_tokens=prompt_tokens,
-                completion_tokens=output.finish.completion_tokens,
-            ),
-            speculation=wire.counters_to_pb(output.finish.counters),
-            timings=generation_pb2.GenerationTimings(
-                first_token_s=output.first_token_s, total_s=output.total_s
-            ),
-        )
-    )
+        case Delivery(choice, deliver):
+            return _Response(
+                delta=generation_pb2.GenerationDelta(
+                    text=deliver.text,
+                    token_ids=deliver.token_ids,
+                    sources=deliver.sources,
+                    choice=choice,
+                    logprobs=[wire.token_logprobs_to_pb(token) for token in deliver.logprobs],
+                )
+            )
+        case Ending(choice, finish):
+            return _Response(
+                finished=generation_pb2.GenerationFinished(
+                    reason=wire.finish_reason_to_pb(finish.reason),
+                    usage=generation_pb2.Usage(
+                        prompt_tokens=prompt_tokens, completion_tokens=finish.completion_tokens
+                    ),
+                    speculation=wire.counters_to_pb(finish.counters),
+                    timings=generation_pb2.GenerationTimings(
+                        first_token_s=output.first_token_s, total_s=output.total_s
+                    ),
+                    choice=choice,
+                )
+            )

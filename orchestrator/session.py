@@ -21,6 +21,7 @@ from orchestrator.messages import (
     Command,
     Committed,
     Deliver,
+    DeliverPrompt,
     DrafterAttached,
     DrafterAvailable,
     DrafterGap,
@@ -34,6 +35,7 @@ from orchestrator.messages import (
     OpenOnVerifier,
     Placed,
     PlaceVerifier,
+    PromptScored,
     Refused,
     RelayCommit,
     Silence,
@@ -43,10 +45,12 @@ from orchestrator.messages import (
 from outrider.domain import (
     TARGET_SOURCE,
     Commit,
+    CommitReport,
     FinishReason,
     RejectionCode,
     SessionSpec,
     SpeculationCounters,
+    TokenLogprobs,
 )
 from outrider.errors import (
     Exhausted,
@@ -106,6 +110,10 @@ class Session:
     verifier: str | None = None
     output: list[int] = field(default_factory=list)
     """Committed tokens after the prompt."""
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
+    """Of the prompt's tokens from the second on, as far as they are known."""
+    prompt_delivered: bool = False
+    """True once the client has them."""
     bindings: dict[int, str] = field(default_factory=dict)
     """Live attachments: number to drafter's address."""
     bindings_made: int = 0
@@ -145,7 +153,13 @@ class Session:
     def _on_placed(self, event: Placed) -> list[Command]:
         self.verifier = event.address
         self.state = State.OPENING
-        self.spec = replace(self.spec, epoch=self.epoch + 1, committed=tuple(self.output))
+        self.spec = replace(
+            self.spec,
+            epoch=self.epoch + 1,
+            committed=tuple(self.output),
+            # What the client has need not be computed again.
+            prompt_logprobs=None if self.prompt_delivered else self.spec.prompt_logprobs,
+        )
         commands: list[Command] = [OpenOnVerifier(self.spec)]
         return [*commands, *self._attach()]
 
@@ -153,9 +167,10 @@ class Session:
         return self._end(Fail(self.setback or Unavailable(event.reason)))
 
     def _on_opened(self, event: Opened) -> list[Command]:
-        if event.epoch == self.epoch:
-            self.state = State.DECODING
-        return []
+        if event.epoch != self.epoch:
+            return []
+        self.state = State.DECODING
+        return self._deliver_prompt()  # A prompt of one token has nothing to wait for.
 
     def _on_refused(self, event: Refused) -> list[Command]:
         rejection = event.rejection
@@ -191,8 +206,34 @@ class Session:
         self.state = State.PLACING
         return [*commands, PlaceVerifier(frozenset(self.tried))]
 
+    def _on_prompt_scored(self, event: PromptScored) -> list[Command]:
+        piece = event.piece
+        known = len(self.prompt_logprobs) + 1 - piece.start
+        if piece.epoch != self.epoch or self._prompt_known or known < 0:
+            return []  # What is missing will be missed at the first commit.
+        fresh = piece.tokens[known:]
+        start = 1 + len(self.prompt_logprobs)
+        if tuple(entry.token for entry in fresh) != self.spec.prompt[start : start + len(fresh)]:
+            return self._end(Fail(InternalError("the verifier scored another prompt")))
+        self.prompt_logprobs += fresh
+        return self._deliver_prompt()
+
+    @property
+    def _prompt_known(self) -> bool:
+        """True if the prompt's log-probabilities are complete, or not asked for."""
+        if self.spec.prompt_logprobs is None:
+            return True
+        return len(self.prompt_logprobs) == len(self.spec.prompt) - 1
+
+    def _deliver_prompt(self) -> list[Command]:
+        wanted = self.spec.prompt_logprobs is not None and not self.prompt_delivered
+        if not (wanted and self._prompt_known):
+            return []
+        self.prompt_delivered = True
+        return [DeliverPrompt(tuple(self.prompt_logprobs))]
+
     def _on_committed(self, event: Committed) -> list[Command]:
-        commit = event.commit
+        commit, report = event.commit, event.report
         if commit.epoch != self.epoch:
             return []
         if commit.base_length > self.length:
@@ -200,16 +241,32 @@ class Session:
         known = self.length - commit.base_length
         if not self._agrees(commit, known):
             return self._end(Fail(InternalError("the verifier contradicts its own commits")))
-        tokens = commit.tokens[known:]
+        fault = self._logprobs_fault(event)
+        if fault is not None:
+            return self._end(Fail(InternalError(fault)))
         self.repeat_asked_at = None
-        self.counters = self.counters_before.plus(event.report.counters)
-        fresh = replace(commit, base_length=self.length, tokens=tokens)
-        sources = event.report.sources
+        self.counters = self.counters_before.plus(report.counters)
+        fresh = replace(commit, base_length=self.length, tokens=commit.tokens[known:])
+        sources = report.sources
         if len(sources) != len(commit.tokens):  # a repeat, which has forgotten them
             sources = (TARGET_SOURCE,) * len(commit.tokens)
-        return self._deliver(
-            fresh, sources[known:], event.report.finish_reason, verbatim=known == 0
+        # Unlike sources, log-probabilities are repeated.
+        logprobs = report.logprobs[known:] if self.spec.logprobs is not None else ()
+        fresh_report = CommitReport(
+            report.counters, sources[known:], report.finish_reason, logprobs
         )
+        return self._deliver(fresh, fresh_report, verbatim=known == 0)
+
+    def _logprobs_fault(self, event: Committed) -> str | None:
+        """Say which log-probabilities a commit should have come with and did not, or None."""
+        tokens = event.commit.tokens
+        # A repeat that was asked for during prefill holds neither.
+        if (tokens or event.report.finish_reason) and not self._prompt_known:
+            return "the verifier did not send the log-probabilities of the whole prompt"
+        scored = tuple(entry.token for entry in event.report.logprobs)
+        if self.spec.logprobs is not None and scored != tokens:
+            return "the verifier did not send the log-probabilities of what it committed"
+        return None
 
     def _agrees(self, commit: Commit, known: int) -> bool:
         """Check a repeated stretch against what was delivered: text must never fork."""
@@ -219,14 +276,8 @@ class Session:
         overlap = commit.tokens[:known]
         return tuple(self.output[start : start + len(overlap)]) == overlap
 
-    def _deliver(
-        self,
-        commit: Commit,
-        sources: tuple[int, ...],
-        reason: FinishReason | None,
-        *,
-        verbatim: bool,
-    ) -> list[Command]:
+    def _deliver(self, commit: Commit, report: CommitReport, *, verbatim: bool) -> list[Command]:
+        reason = report.finish_reason
         piece = self.text.push(commit.tokens)
         kept = commit.tokens[: piece.tokens_kept]
         self.output.extend(kept)
@@ -237,7 +288,8 @@ class Session:
             text += self.text.finish().text
         commands: list[Command] = []
         if text or kept:
-            commands.append(Deliver(text, kept, sources[: len(kept)]))
+            count = len(kept)
+            commands.append(Deliver(text, kept, report.sources[:count], report.logprobs[:count]))
         if reason is not None:
             finish = Finish(reason, len(self.output), self.counters)
             return [*commands, *self._end(finish, abort=not commit.last)]
@@ -325,6 +377,7 @@ TRANSITIONS: dict[tuple[State, type], Callable[[Session, Any], list[Command]]] =
     (_OPENING, DrafterAvailable): Session._on_drafter_available,  # OPENING
     (_OPENING, DrafterGap): Session._on_drafter_gap,  # OPENING
     (_OPENING, ClientGone): Session._on_client_gone,  # ENDED
+    (_DECODING, PromptScored): Session._on_prompt_scored,  # DECODING
     (_DECODING, Committed): Session._on_committed,  # DECODING, or ENDED at the last one
     (_DECODING, Refused): Session._on_refused,  # PLACING, or ENDED
     (_DECODING, VerifierLost): Session._on_verifier_lost,  # PLACING, or ENDED
@@ -339,6 +392,7 @@ TRANSITIONS: dict[tuple[State, type], Callable[[Session, Any], list[Command]]] =
 IGNORED: dict[tuple[State, type], str] = {
     (_PLACING, Opened): "of an older epoch: the session has moved",
     (_PLACING, Refused): "of an older epoch: the session has moved",
+    (_PLACING, PromptScored): "of an older epoch: the session has moved",
     (_PLACING, Committed): "of an older epoch: the session has moved",
     (_PLACING, VerifierLost): "it has been given up already",
     (_PLACING, Silence): "nobody owes anything",
@@ -348,6 +402,7 @@ IGNORED: dict[tuple[State, type], str] = {
     (_PLACING, DrafterGap): "none is attached",
     (_OPENING, Placed): "a verifier has been asked already",
     (_OPENING, NotPlaced): "a verifier has been asked already",
+    (_OPENING, PromptScored): "of an older epoch: the session has moved",
     (_OPENING, Committed): "of an older epoch: the session has moved",
     (_OPENING, Silence): "the verifier owes no commit yet; its stream breaks if it is gone",
     (_DECODING, Placed): "a verifier has the session already",

@@ -25,6 +25,7 @@ from outrider.domain import (
     Commit,
     CommitReport,
     ModelInfo,
+    PromptLogprobs,
     Rejection,
     Resync,
     SessionSpec,
@@ -47,6 +48,8 @@ BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 2.0
 DRAFT_ROWS_MAX = 4_096
 """Drafts waiting for a verifier that reads slowly; more are dropped, they are hints."""
+NO_STEP = StepReport(duration_s=0.0, rows=0, tokens=0)
+"""What is reported of a verifier that has not taken a step yet."""
 
 _log = logging.getLogger(__name__)
 
@@ -69,6 +72,7 @@ class VerifierBatch:
     rejections: list[Rejection]
     commits: list[tuple[int, bytes, Commit, CommitReport]]
     """(session, the commit as it came, the same decoded, report)"""
+    prompt_logprobs: list[PromptLogprobs]
     step: StepReport | None = None
 
 
@@ -226,8 +230,8 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
         has_tokenizer: Callable[[ModelInfo], bool],
     ) -> None:
         super().__init__(address, orchestrator)
-        self.step_s = 0.0
-        """Duration of the last verify step; kept by the driver."""
+        self.step = NO_STEP
+        """Of the last verify step; kept by the driver."""
         self.stepped_s = 0.0
         """When it was heard of, on the driver's clock."""
         self._on_change, self._on_batch = on_change, on_batch
@@ -289,6 +293,7 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
                 [(opened.session, opened.epoch) for opened in response.opened],
                 [wire.rejection_from_pb(rejection) for rejection in response.rejections],
                 commits,
+                [wire.prompt_logprobs_from_pb(piece) for piece in response.prompt_logprobs],
                 wire.step_report_from_pb(response.step) if response.HasField("step") else None,
             ),
         )

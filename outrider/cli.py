@@ -19,7 +19,8 @@ from rich.console import Console
 from rich.table import Table
 
 import outrider
-from outrider.client import Client, Completion, Delta, Finished, Request, Started
+from outrider.cli_generation import chat, generate
+from outrider.client import Client
 from outrider.config import DEFAULT_ENDPOINT
 from outrider.errors import OutriderError
 from outrider.serving.options import apply, cache_option
@@ -63,70 +64,21 @@ def main() -> None:
     """
 
 
-def sampling_options(command: F) -> F:
-    """Add the options that every generating command shares."""
-    options: tuple[Callable[[Any], Any], ...] = (
-        click.option(
-            "--endpoint",
-            default=DEFAULT_ENDPOINT,
-            envvar="OUTRIDER_ENDPOINT",
-            show_default=True,
-            help="Orchestrator, host:port.",
-        ),
-        click.option("--model", default="", help="Model name; may be left out if one is served."),
-        click.option("--temperature", type=float, help="0 is greedy.  [server default: 1]"),
-        click.option("--top-k", type=int, help="Keep the k most probable tokens."),
-        click.option("--top-p", type=float, help="Keep the smallest set of this probability."),
-        click.option("--min-p", type=float, help="Drop tokens below this share of the best."),
-        click.option("--seed", type=int, help="Same seed, same output.  [default: random]"),
-        click.option("--tokens-max", type=int, help="Output tokens at most."),
-        click.option("--stop", multiple=True, help="Text that ends the output; repeatable."),
-        click.option(
-            "--speculation/--no-speculation",
-            default=True,
-            help="Off: decode with the target alone. Changes speed, never the output.",
-        ),
-        click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead."),
-    )
-    return apply(command, *options)
-
-
-@main.command()
-@click.argument("prompt", required=False)
-@sampling_options
-def generate(prompt: str | None, endpoint: str, as_json: bool, **options: Any) -> None:
-    """Continue PROMPT, as it is (no chat template). Reads standard input if PROMPT is left out."""
-    text = prompt if prompt is not None else sys.stdin.read()
-    _run(endpoint, Request(prompt=text, **options), as_json)
-
-
-@main.command()
-@click.argument("message", required=False)
-@click.option("--system", help="System message.")
-@sampling_options
-def chat(
-    message: str | None, system: str | None, endpoint: str, as_json: bool, **options: Any
-) -> None:
-    """Answer MESSAGE; without it, hold a conversation in the terminal (end it with Ctrl-D)."""
-    turns: list[tuple[str, str]] = [("system", system)] if system else []
-    if message is not None:
-        _run(endpoint, Request(chat=[*turns, ("user", message)], **options), as_json)
-        return
-    while True:
-        try:
-            line = click.prompt("you", prompt_suffix="> ")
-        except click.Abort:
-            return
-        turns.append(("user", line))
-        answer = _run(endpoint, Request(chat=list(turns), **options), as_json)
-        turns.append(("assistant", answer))
+main.add_command(generate)
+main.add_command(chat)
 
 
 @main.command()
 @click.option("--endpoint", default=DEFAULT_ENDPOINT, envvar="OUTRIDER_ENDPOINT", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 def workers(endpoint: str, as_json: bool) -> None:
-    """List the workers that the orchestrator knows, and why some are not used."""
+    """List the workers that the orchestrator knows, and why some are not used.
+
+    \b
+    sessions   those of this orchestrator
+    step, kv   duration of the last verify step, and tokens of KV in use in it
+    waiting    admitted sessions that waited for KV, whosever they are
+    """
     with Client(endpoint) as client:
         rows = client.workers()
     if as_json:
@@ -142,13 +94,16 @@ def workers(endpoint: str, as_json: bool) -> None:
                         "sessions": worker.sessions,
                         "incarnation": worker.incarnation,
                         "step_s": worker.step_s,
+                        "kv_tokens_used": worker.kv_tokens_used,
+                        "waiting": worker.waiting,
                     }
                     for worker in rows
                 ]
             )
         )
         return
-    table = Table("role", "address", "state", "model", "sessions", "step", "reason", box=None)
+    columns = ("role", "address", "state", "model", "sessions", "step", "kv", "waiting", "reason")
+    table = Table(*columns, box=None)
     for worker in rows:
         model = worker.info.model if worker.info else "?"
         table.add_row(
@@ -158,6 +113,8 @@ def workers(endpoint: str, as_json: bool) -> None:
             model,
             str(worker.sessions),
             f"{worker.step_s * 1e3:.0f} ms" if worker.step_s else "-",
+            str(worker.kv_tokens_used) if worker.step_s else "-",
+            str(worker.waiting) if worker.step_s else "-",
             worker.reason,
         )
     Console().print(table)
@@ -254,62 +211,3 @@ def demo(repeats: int, **options: Any) -> None:
     from outrider.local import LocalConfig
 
     sys.exit(run_demo(LocalConfig(port=None, **options), repeats=repeats))
-
-
-def _run(endpoint: str, request: Request, as_json: bool) -> str:
-    """Stream one generation to the terminal; returns its text."""
-    with Client(endpoint) as client:
-        if as_json:
-            completion = client.complete(request)
-            click.echo(json.dumps(_as_json(completion)))
-            return completion.text
-        texts: list[str] = []
-        for event in client.generate(request):
-            match event:
-                case Started():
-                    continue
-                case Delta():
-                    texts.append(event.text)
-                    click.echo(event.text, nl=False)
-                case Finished():
-                    click.echo()
-                    click.echo(_summary(event), err=True)
-        return "".join(texts)
-
-
-def _summary(finished: Finished) -> str:
-    counters = finished.speculation
-    tokens = finished.usage.completion_tokens
-    tau = tokens / max(1, counters.verify_steps)
-    return (
-        f"[{finished.reason.value}; {tokens} tokens in {finished.total_s:.2f} s, "
-        f"{counters.verify_steps} verify steps, tau {tau:.2f}]"
-    )
-
-
-def _as_json(completion: Completion) -> dict[str, Any]:
-    finished = completion.finished
-    counters = finished.speculation
-    return {
-        "id": completion.started.generation_id,
-        "model": completion.started.model,
-        "seed": completion.started.seed,
-        "text": completion.text,
-        "token_ids": completion.token_ids,
-        "sources": completion.sources,
-        "finish_reason": finished.reason.value,
-        "usage": {
-            "prompt_tokens": finished.usage.prompt_tokens,
-            "completion_tokens": finished.usage.completion_tokens,
-        },
-        "speculation": {
-            "verify_steps": counters.verify_steps,
-            "verified_draft_tokens": counters.verified_draft_tokens,
-            "accepted_draft_tokens": counters.accepted_draft_tokens,
-            "received_draft_tokens": counters.received_draft_tokens,
-            "dropped_drafts": dict(counters.dropped_drafts),
-            "dropped_nodes": dict(counters.dropped_nodes),
-        },
-        "first_token_s": finished.first_token_s,
-        "total_s": finished.total_s,
-    }

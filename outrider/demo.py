@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from rich.console import Console
 from rich.table import Table
 
-from outrider.client import Client, Completion, Delta, Finished, Request, Started
+from outrider.client import Client, Completion, Delta, Request
 from outrider.errors import InternalError
 from outrider.local import LocalConfig, LocalFleet
 
@@ -161,19 +161,16 @@ def _request(*, speculation: bool) -> Request:
 def _stream(client: Client, console: Console) -> None:
     """Show an answer as it arrives; text that came with an accepted guess is green."""
     for event in client.generate(_request(speculation=True)):
-        match event:
-            case Started() | Finished():
-                continue
-            case Delta():
-                guessed = any(event.sources)
-                console.print(
-                    event.text,
-                    end="",
-                    style="green" if guessed else "default",
-                    markup=False,
-                    highlight=False,
-                    soft_wrap=True,
-                )
+        if isinstance(event, Delta):
+            guessed = any(event.sources)
+            console.print(
+                event.text,
+                end="",
+                style="green" if guessed else "default",
+                markup=False,
+                highlight=False,
+                soft_wrap=True,
+            )
     console.print("\n")
 
 

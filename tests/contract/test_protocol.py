@@ -402,7 +402,7 @@ async def test_clients_learn_that_there_is_no_room():
     async with verifier(load(TARGET), config=replace(SLOW, sessions_max=1)) as full:
         for config, text in (
             (DriverConfig(), "the verifier has its 1 sessions; try again later"),
-            (DriverConfig(sessions_max=1), "the orchestrator has its 1 generations"),
+            (DriverConfig(sessions_max=1), "the orchestrator has 1 of its 1 sessions"),
         ):
             async with orchestrator([full.address], config=config) as running:
                 first = running.client.generate(asked)

@@ -20,6 +20,7 @@ from orchestrator.messages import (
     Command,
     Committed,
     Deliver,
+    DeliverPrompt,
     DrafterAttached,
     DrafterAvailable,
     DrafterGap,
@@ -33,6 +34,7 @@ from orchestrator.messages import (
     OpenOnVerifier,
     Placed,
     PlaceVerifier,
+    PromptScored,
     Refused,
     RelayCommit,
     Silence,
@@ -51,11 +53,13 @@ from outrider.domain import (
     Commit,
     CommitReport,
     FinishReason,
+    PromptLogprobs,
     Rejection,
     RejectionCode,
     SamplingParams,
     SessionSpec,
     SpeculationCounters,
+    TokenLogprobs,
 )
 from outrider.errors import (
     Exhausted,
@@ -103,15 +107,23 @@ class Letters:
         return Piece(text, 0, self._stopped)
 
 
-def new_session(*, drafters_wanted: int = 0) -> Session:
+def new_session(
+    *,
+    drafters_wanted: int = 0,
+    prompt: tuple[int, ...] = PROMPT,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+) -> Session:
     spec = SessionSpec(
         session=9,
         epoch=0,
-        prompt=PROMPT,
+        prompt=prompt,
         committed=(),
         sampling=SamplingParams(),
         seed=4,
         tokens_max=50,
+        logprobs=logprobs,
+        prompt_logprobs=prompt_logprobs,
     )
     return Session(spec, Letters(), drafters_wanted=drafters_wanted)
 
@@ -133,6 +145,14 @@ def decoding(address: str = "v1", *, drafters: Sequence[str] = ()) -> Session:
     return session
 
 
+def scored(*tokens: int) -> tuple[TokenLogprobs, ...]:
+    return tuple(TokenLogprobs(token, -token / 10) for token in tokens)
+
+
+def prompt_scored(start: int, *tokens: int, epoch: int = 1) -> PromptScored:
+    return PromptScored(PromptLogprobs(9, epoch, start, scored(*tokens)))
+
+
 def committed(
     base_length: int,
     *tokens: int,
@@ -141,6 +161,7 @@ def committed(
     sources: tuple[int, ...] | None = None,
     steps: int = 0,
     last: bool | None = None,
+    logprobs: tuple[TokenLogprobs, ...] = (),
 ) -> Committed:
     return Committed(
         Commit(epoch, base_length, tokens, last=reason is not None if last is None else last),
@@ -148,6 +169,7 @@ def committed(
             SpeculationCounters(verify_steps=steps),
             tuple(1 for _ in tokens) if sources is None else sources,
             reason,
+            logprobs,
         ),
     )
 
@@ -186,6 +208,7 @@ EVENTS: list[Event] = [
     NotPlaced("none"),
     Opened(1),
     refused(RejectionCode.EXHAUSTED),
+    prompt_scored(1, 2, 3),
     committed(3, 0),
     VerifierLost("gone"),
     Silence(),
@@ -462,6 +485,124 @@ def test_a_stop_string_in_the_last_commit_is_the_reason() -> None:
     assert commands[1] == Finish(FinishReason.STOP, 1, SpeculationCounters())
 
 
+# --- log-probabilities ------------------------------------------------------------------------
+
+
+def scoring(
+    *,
+    prompt: tuple[int, ...] = PROMPT,
+    logprobs: int | None = None,
+    prompt_logprobs: int | None = None,
+) -> Session:
+    """A session that was placed and asks for log-probabilities."""
+    session = new_session(prompt=prompt, logprobs=logprobs, prompt_logprobs=prompt_logprobs)
+    session.start()
+    session.step(Placed("v1"))
+    return session
+
+
+def test_log_probabilities_go_with_their_ids() -> None:
+    session = scoring(logprobs=0)
+    session.step(Opened(1))
+    assert session.step(committed(3, 0, 1, logprobs=scored(0, 1))) == [
+        Deliver("ab", (0, 1), (1, 1), scored(0, 1))
+    ]
+    # A repeat has forgotten its sources, not its log-probabilities.
+    assert session.step(committed(4, 1, 2, 3, sources=(), logprobs=scored(1, 2, 3))) == [
+        Deliver("cd", (2, 3), (0, 0), scored(2, 3))
+    ]
+    assert session.step(committed(3, 0, 1, logprobs=scored(0, 1))) == []
+    commands = session.step(committed(7, 4, STOP, 5, logprobs=scored(4, STOP, 5)))
+    assert commands[0] == Deliver("e", (4, STOP), (1, 1), scored(4, STOP))
+
+
+def test_log_probabilities_that_nobody_asked_for_are_left_out() -> None:
+    session = decoding()
+    assert session.step(committed(3, 0, logprobs=scored(0))) == [Deliver("a", (0,), (1,))]
+    for piece in (prompt_scored(1, 9), prompt_scored(1, 2, 3)):
+        assert session.step(piece) == []
+
+
+@pytest.mark.parametrize("wrong", [(), scored(0), scored(0, 1, 2), scored(1, 0)], ids=len)
+def test_log_probabilities_of_other_ids_are_not_passed_on(
+    wrong: tuple[TokenLogprobs, ...],
+) -> None:
+    session = scoring(logprobs=0)
+    session.step(Opened(1))
+    commands = session.step(committed(3, 0, 1, logprobs=wrong))
+    assert kinds(commands) == [AbortOnVerifier, Fail, Forget]
+    assert type(failure(commands)) is InternalError
+    assert session.output == []
+
+
+def test_the_prompts_log_probabilities_are_put_together() -> None:
+    session = scoring(prompt=(1, 2, 3, 4, 5), prompt_logprobs=0)
+    assert session.step(prompt_scored(1, 2)) == [], "before it is opened"
+    assert session.step(Opened(1)) == []
+    assert session.step(prompt_scored(1, 2, epoch=2)) == []
+    assert session.step(prompt_scored(2, 3)) == [], "there is a gap"
+    assert session.step(prompt_scored(1, 2, 3)) == []
+    assert session.step(prompt_scored(1, 2, 3)) == [], "repeated"
+    assert session.step(prompt_scored(4, 5)) == [], "there is a gap"
+    assert session.step(prompt_scored(2, 3, 4, 5)) == [DeliverPrompt(scored(2, 3, 4, 5))]
+    assert session.step(prompt_scored(1, 2, 3, 4, 5)) == [], "they have been delivered"
+    assert session.step(committed(5, 0)) == [Deliver("a", (0,), (1,))]
+
+
+def test_a_prompt_of_one_token_has_nothing_to_wait_for() -> None:
+    session = scoring(prompt=(1,), prompt_logprobs=0)
+    assert session.step(Opened(2)) == []
+    assert session.step(Opened(1)) == [DeliverPrompt(())]
+    assert session.step(committed(1, 0)) == [Deliver("a", (0,), (1,))]
+
+
+def test_a_move_in_mid_prompt_goes_on_with_what_is_known() -> None:
+    session = scoring(prompt_logprobs=4)
+    session.step(Opened(1))
+    session.step(prompt_scored(1, 2))
+    session.step(VerifierLost("reset"))
+    (again,) = session.step(Placed("v2"))
+    assert isinstance(again, OpenOnVerifier)
+    assert again.spec.prompt_logprobs == 4
+    session.step(Opened(2))
+    assert session.step(prompt_scored(2, 3)) == [], "of the old epoch"
+    assert session.step(prompt_scored(1, 2, epoch=2)) == []
+    assert session.step(prompt_scored(2, 3, epoch=2)) == [DeliverPrompt(scored(2, 3))]
+    # What was delivered is not asked for again, nor delivered if it comes all the same.
+    session.step(committed(3, 0, epoch=2))
+    session.step(VerifierLost("reset"))
+    (again,) = session.step(Placed("v3"))
+    assert isinstance(again, OpenOnVerifier)
+    assert again.spec.prompt_logprobs is None
+    assert session.step(Opened(3)) == []
+    assert session.step(prompt_scored(1, 2, 3, epoch=3)) == []
+    assert session.step(committed(4, 1, epoch=3)) == [Deliver("b", (1,), (1,))]
+
+
+@pytest.mark.parametrize(
+    "event",
+    [committed(3, 0), committed(3, reason=FinishReason.LENGTH)],
+    ids=["output", "end"],
+)
+def test_nothing_is_said_before_the_prompts_log_probabilities(event: Committed) -> None:
+    session = scoring(prompt_logprobs=0)
+    session.step(Opened(1))
+    session.step(prompt_scored(1, 2))
+    assert session.step(committed(3)) == [], "an answer to Silence during prefill"
+    commands = session.step(event)
+    assert kinds(commands) == [AbortOnVerifier, Fail, Forget]
+    assert "whole prompt" in str(failure(commands))
+
+
+@pytest.mark.parametrize("tokens", [(3, 2), (2, 3, 4), (2, 4)])
+def test_log_probabilities_of_another_prompt_are_not_passed_on(tokens: tuple[int, ...]) -> None:
+    session = scoring(prompt_logprobs=0)
+    session.step(Opened(1))
+    commands = session.step(prompt_scored(1, *tokens))
+    assert kinds(commands) == [AbortOnVerifier, Fail, Forget]
+    assert type(failure(commands)) is InternalError
+
+
 # --- moving -----------------------------------------------------------------------------------
 
 
@@ -617,10 +758,13 @@ def truth(index: int) -> int:
 class World:
     """What the driver, the workers and the client know, from commands alone."""
 
-    session: Session = field(default_factory=lambda: new_session(drafters_wanted=2))
+    session: Session = field(
+        default_factory=lambda: new_session(drafters_wanted=2, logprobs=1, prompt_logprobs=1)
+    )
     ended: bool = False
     delivered: list[int] = field(default_factory=list)
     text: str = ""
+    prompt_told: bool = False
     mirrors: dict[int, int] = field(default_factory=dict)
     """Committed length that each attached drafter has, if no message to it is lost."""
     addresses: dict[int, str] = field(default_factory=dict)
@@ -653,8 +797,14 @@ class World:
 
     def obey_one(self, command: Command) -> None:
         match command:
-            case Deliver(text, token_ids, sources):
+            case DeliverPrompt(tokens):
+                assert tokens == scored(*PROMPT[1:])
+                assert not self.prompt_told, "once"
+                self.prompt_told = True
+            case Deliver(text, token_ids, sources, logprobs):
+                assert self.prompt_told
                 assert len(token_ids) == len(sources)
+                assert logprobs == scored(*token_ids)
                 self.delivered += token_ids
                 self.text += text
             case OpenOnVerifier(spec):
@@ -696,6 +846,15 @@ class World:
         start = commit.base_length - len(PROMPT)
         assert list(commit.tokens) == self.delivered[start : start + len(commit.tokens)]
 
+    def committed(
+        self, start: int, tokens: list[int], epoch: int, reason: FinishReason | None = None
+    ) -> Event:
+        """Make a commit; an honest verifier has told all about the prompt before."""
+        if epoch == self.session.epoch and not self.prompt_told:
+            return prompt_scored(1, *PROMPT[1:], epoch=epoch)
+        base_length = len(PROMPT) + start
+        return committed(base_length, *tokens, epoch=epoch, reason=reason, logprobs=scored(*tokens))
+
     def event(self, kind: type, number: int) -> Event:
         """Make an event: mostly one that fits, sometimes late, early or of another epoch."""
         epoch = self.session.epoch + (0, 0, 0, 0, 0, 0, -1, 1)[number % 8]
@@ -705,12 +864,15 @@ class World:
             start = max(0, len(self.delivered) + ahead)
             tokens = [truth(start + i) for i in range(number // 9 % 5)]
             reason = FinishReason.LENGTH if number % 97 == 0 and ahead <= 0 else None
-            return committed(len(PROMPT) + start, *tokens, epoch=epoch, reason=reason)
+            return self.committed(start, tokens, epoch, reason)
         if kind is Refused:
             return refused(list(RejectionCode)[number % len(RejectionCode)], epoch=epoch)
         if kind is DrafterAttached:
             self.bindings_made += 1
             return DrafterAttached(self.bindings_made, f"d{number % 3}")
+        if kind is PromptScored:
+            start = 1 + number % 2
+            return prompt_scored(start, *PROMPT[start : start + 1 + number // 2 % 2], epoch=epoch)
         binding = number % (self.bindings_made + 2)
         events: dict[type, Event] = {
             Placed: Placed(f"v{number % 9}"),
@@ -730,6 +892,7 @@ class World:
 STORM = [
     *[Placed, Opened, Committed] * 16,
     *[Committed] * 24,
+    *[PromptScored] * 6,
     *[DrafterAttached, DrafterGone, DrafterGap, DrafterAvailable, Silence] * 6,
     *[VerifierLost] * 3,
     Refused,
@@ -772,7 +935,7 @@ def test_a_verifier_that_contradicts_itself_is_not_believed(seed: int, count: in
         start = max(0, known - chance.randint(1, 5))
         wrong = [truth(index) for index in range(start, known + 2)]
         wrong[chance.randrange(known - start)] += 1
-        world.happen(committed(len(PROMPT) + start, *wrong, epoch=world.session.epoch))
+        world.happen(world.committed(start, wrong, world.session.epoch))
         assert world.ended
         assert len(world.delivered) == known
 

@@ -1,0 +1,80 @@
+"""Carries to the workers what sessions command: openings, commits, attachments, ends."""
+
+from __future__ import annotations
+
+from orchestrator.fleet import Fleet
+from orchestrator.generation import Running
+from orchestrator.messages import (
+    AbortOnVerifier,
+    AskRepeat,
+    BindDrafter,
+    OpenOnVerifier,
+    RelayCommit,
+    UnbindDrafter,
+)
+from outrider import wire
+from outrider.domain import BindSpec, DraftBudget, Resync
+
+
+class Dispatch:
+    """Finds the worker's link for a command and queues it there; a lost worker is skipped."""
+
+    def __init__(self, fleet: Fleet, budget: DraftBudget) -> None:
+        self._fleet = fleet
+        self._budget = budget
+
+    def to_verifier(
+        self, running: Running, command: OpenOnVerifier | AbortOnVerifier | AskRepeat
+    ) -> None:
+        """Open, abort or ask for a repeat."""
+        number, session = running.number, running.session
+        address = command.address if isinstance(command, AbortOnVerifier) else session.verifier
+        verifier = self._fleet.verifiers.get(address or "")
+        if verifier is None:
+            return
+        match command:
+            case OpenOnVerifier(spec):
+                verifier.sessions.add(number)
+                verifier.open(spec)
+            case AbortOnVerifier(_, epoch):
+                verifier.sessions.discard(number)
+                verifier.abort(number, epoch)
+            case AskRepeat(epoch, have_length):
+                verifier.ask_repeat(Resync(number, epoch, have_length))
+
+    def relay(self, running: Running, command: RelayCommit) -> None:
+        """Pass a commit on to drafters, unread where possible."""
+        data = running.commit_bytes if command.verbatim else wire.commit_to_bytes(command.commit)
+        for binding in command.bindings:
+            drafter = self._fleet.drafters.get(running.session.bindings.get(binding, ""))
+            if drafter is not None:
+                drafter.commit(running.number, data)
+
+    def bind(self, running: Running, command: BindDrafter) -> None:
+        """Send prompt and committed tokens to a drafter."""
+        spec, info = running.session.spec, running.generation.info
+        drafter = self._fleet.drafters.get(running.session.bindings[command.binding])
+        if drafter is None:
+            return
+        drafter.sessions.add(spec.session)
+        drafter.bind(
+            BindSpec(
+                session=spec.session,
+                epoch=command.epoch,
+                binding=command.binding,
+                prompt=spec.prompt,
+                committed=command.committed,
+                sampling=spec.sampling,
+                seed=spec.seed,
+                tokenizer_fingerprint=info.tokenizer_fingerprint or "",
+                vocabulary_size=info.vocabulary_size,
+                budget=self._budget,
+            )
+        )
+
+    def unbind(self, running: Running, command: UnbindDrafter) -> None:
+        """Detach a drafter."""
+        drafter = self._fleet.drafters.get(command.address)
+        if drafter is not None:
+            drafter.sessions.discard(running.number)
+            drafter.unbind(running.number, command.binding)

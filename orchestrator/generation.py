@@ -1,0 +1,108 @@
+"""What is under way: a generation, and the sessions that are its choices. Plain state, no IO.
+
+The driver owns all of it. A generation has one mailbox, so that its client reads one stream
+whatever the number of its choices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Iterator
+from dataclasses import dataclass, field
+from typing import TypeAlias
+
+from orchestrator.messages import Deliver, DeliverPrompt, Finish
+from orchestrator.session import Session, State
+from outrider.domain import ModelInfo
+from outrider.errors import OutriderError
+from outrider.serving.queues import Mailbox
+
+
+@dataclass(frozen=True, slots=True)
+class Delivery:
+    """More output of one choice."""
+
+    choice: int
+    deliver: Deliver
+
+
+@dataclass(frozen=True, slots=True)
+class Ending:
+    """The end of one choice, with its times in seconds."""
+
+    choice: int
+    finish: Finish
+    first_token_s: float
+    total_s: float
+
+
+Output: TypeAlias = DeliverPrompt | Delivery | Ending | OutriderError
+
+
+@dataclass(slots=True, eq=False)
+class Running:
+    """One session under way: one choice of a generation."""
+
+    generation: Generation
+    choice: int
+    session: Session
+    heard_s: float
+    """When the verifier was last heard of."""
+    progress_s: float
+    """When it last made progress."""
+    first_token_s: float | None = None
+    """From the generation's start."""
+    bindings_made: int = 0
+    commit_bytes: bytes = b""
+    """The commit under way, as it came."""
+
+    @property
+    def number(self) -> int:
+        """The session's number."""
+        return self.session.spec.session
+
+
+@dataclass(slots=True, eq=False)
+class Generation:
+    """One request under way. Iterate `outputs()`; call `Driver.abandon` when nobody listens."""
+
+    info: ModelInfo
+    started_s: float
+    prompt_wanted: bool = False
+    """The prompt's log-probabilities have yet to come; they come before any output."""
+    choices: list[Running] = field(default_factory=list)
+    mailbox: Mailbox[Output] = field(default_factory=Mailbox)
+    finished: int = 0
+    """Choices that have said all."""
+    held: list[Output] = field(default_factory=list)
+    """Output of quicker choices that waits for the prompt's log-probabilities."""
+
+    def say(self, output: DeliverPrompt | Delivery | Ending) -> None:
+        """Pass output on to the client; the last choice's ending closes the stream."""
+        self.finished += isinstance(output, Ending)
+        if isinstance(output, DeliverPrompt):
+            self.prompt_wanted = False
+            self.mailbox.put(output)
+            for earlier in self.held:
+                self.mailbox.put(earlier)
+            self.held.clear()
+        elif self.prompt_wanted:
+            self.held.append(output)
+        else:
+            self.mailbox.put(output)
+        if self.finished == len(self.choices):
+            self.mailbox.close()
+
+    def fail(self, error: OutriderError) -> None:
+        """Close the stream with an error, which ends all choices; the first one counts."""
+        self.mailbox.put(error)
+        self.mailbox.close()
+
+    def unfinished(self) -> Iterator[Running]:
+        """Choices whose sessions have not ended."""
+        return (running for running in self.choices if running.session.state is not State.ENDED)
+
+    async def outputs(self) -> AsyncIterator[Output]:
+        """Yield outputs as they come; ends after the last choice's Ending or an error."""
+        while batch := await self.mailbox.take():
+            for output in batch:
+                yield output
