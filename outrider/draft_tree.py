@@ -195,7 +195,7 @@ class DraftTree:
         Returns the child, or None if it would lie deeper than `depth_max`. May leave the tree
         over its bound until `shrink` is called.
         """
-        claim = max(ESTIMATE_FLOOR, min(0.0, accept_logprob))
+        claim = _bounded(accept_logprob)
         child = parent.children.get(token)
         if child is not None:
             child.claims[source] = max(claim, child.claims.get(source, claim))
@@ -214,38 +214,47 @@ class DraftTree:
         what lies below their end is grafted. Idempotent for repeated drafts. Nodes on or beside
         the walk are evidence of the source's worth, unless they were in the tree in time.
         """
-        decided = off_path = 0
-        before = self.size
+        decided = off_path = grafted = duplicates = 0
+        deepest = self.root.position + self.depth_max
         shadow: list[ShadowScore] = []
         too_deep: set[int] = set()
         # Where each node of the message lies: an int counts matched tokens of `since`.
         places: list[Node | int | None] = []
         base: Node | int = 0 if since else self.root
-        for index, (token, parent, logprob) in enumerate(
-            zip(draft.tokens, draft.parents, draft.accept_logprobs, strict=True)
+        for token, parent, logprob in zip(
+            draft.tokens, draft.parents, draft.accept_logprobs, strict=True
         ):
             at = base if parent < 0 else places[parent]
             place: Node | int | None = None
+            # `add` once more, since a call for each node would take longer than what it does.
             if isinstance(at, Node):
-                place = self.add(at, token, logprob, source)
-                if place is None:
-                    too_deep.add(index)
+                claim = logprob if ESTIMATE_FLOOR <= logprob <= 0.0 else _bounded(logprob)
+                place = at.children.get(token)
+                if place is not None:
+                    duplicates += 1
+                    if place.claims.get(source, -math.inf) < claim:
+                        place.claims[source] = claim
+                elif at.position < deepest:
+                    grafted += 1
+                    place = Node(token, at, at.position + 1, source, {source: claim}, {})
+                    at.children[token] = place
+                else:
+                    too_deep.add(len(places))
             elif at is not None:
                 accepted = since[at] == token
                 if self._unscored(len(since) - at, source, token):
-                    shadow.append(ShadowScore(source, min(0.0, logprob), accepted))
+                    shadow.append(ShadowScore(source, _bounded(logprob), accepted))
                 if accepted:
                     place = at + 1 if at + 1 < len(since) else self.root
                     decided += 1
                 else:
                     off_path += 1
             elif parent in too_deep:
-                too_deep.add(index)
+                too_deep.add(len(places))
             else:
                 off_path += 1
             places.append(place)
-        grafted = self.size - before
-        duplicates = len(places) - grafted - decided - off_path - len(too_deep)
+        self.size += grafted
         return Merge(
             grafted, duplicates, decided, off_path, len(too_deep), self.shrink(), tuple(shadow)
         )
@@ -322,6 +331,10 @@ class DraftTree:
                 entry = (paths[parent], -len(paths) - arrival, parent)
                 heapq.heappush(leaves.setdefault(parent.owner, []), entry)
         return excess
+
+
+def _bounded(logprob: float) -> float:
+    return max(ESTIMATE_FLOOR, min(0.0, logprob))
 
 
 def _sever(top: Node) -> int:
