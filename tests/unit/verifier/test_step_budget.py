@@ -270,3 +270,10 @@ def test_hostile_drafts_are_counted_whatever_their_source_is_worth() -> None:
         )
         simulation.run(1.0, Liar())
     assert session.counters().dropped_drafts == {"token": 2, "malformed": 2, "empty": 2, "score": 2}
+
+
+def test_all_nodes_of_a_draft_that_is_used_are_checked() -> None:
+    session = Simulation(1, steep_s).sessions[0]
+    session.merge(draft_of(session, [5, 6, 7, VOCABULARY], range(-1, 3), 0.9), 1)
+    assert session.counters().dropped_drafts == {"token": 1}
+    assert session.tree.size == 0
