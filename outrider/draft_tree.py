@@ -15,36 +15,45 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections import deque
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from outrider.domain import Draft
 
 LOGPROB_SLACK = 1e-4
-"""Estimates up to this far above log 1 are rounding, not nonsense; they count as log 1."""
+"""Claims up to this far above log 1 are rounding, not nonsense; they count as log 1."""
 
 ESTIMATE_FLOOR = -60.0
-"""Least edge estimate that is kept, so that sums along a path stay finite."""
+"""Least edge log-probability that is kept, so that sums along a path stay finite."""
+
+_SCORED_POSITIONS_MAX = 64
+"""Committed tokens for which it is remembered whose guesses have been scored already."""
+
+Calibrate = Callable[[int, float], float]
+"""(source, claimed log-probability) to what such a claim of this source has turned out to mean."""
 
 
-@dataclass(slots=True, eq=False)
+@dataclass(slots=True, eq=False, weakref_slot=True)
 class Node:
     """A guessed token; its identity survives re-rooting."""
 
     token: int
     parent: Node | None
+    """None for a root, and for what no longer belongs to a tree."""
     position: int
     """Index of the token in the sequence; prompt starts at 0."""
     owner: int
     """Source that proposed it first."""
-    estimates: dict[int, float] = field(default_factory=dict)
-    """Calibrated edge log-probability of acceptance by source."""
+    claims: dict[int, float] = field(default_factory=dict)
+    """Log-probability of acceptance, given that the parent is accepted, as each source said."""
     children: dict[int, Node] = field(default_factory=dict)
 
     @property
     def accept_logprob(self) -> float:
-        """Estimate given that the parent is accepted: the most confident source counts."""
-        return max(self.estimates.values(), default=0.0)
+        """The most confident claim."""
+        return max(self.claims.values(), default=0.0)
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,6 +70,8 @@ class Merge:
     """Beyond `depth_max`, or below a node that is."""
     evicted: int = 0
     """Nodes, of this draft or older, that had to go to keep the tree within its bound."""
+    shadow: tuple[ShadowScore, ...] = ()
+    """What a late draft said of tokens that are committed by now, unless scored before."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,8 +94,14 @@ class Advance:
     shadow: tuple[ShadowScore, ...]
 
 
-def draft_fault(draft: Draft, vocabulary_size: int, nodes_max: int) -> str | None:
-    """Name what makes a draft unusable, or None. Hostile input ends here."""
+def draft_fault(
+    draft: Draft, vocabulary_size: int, nodes_max: int, *, first: int | None = None
+) -> str | None:
+    """Name what makes a draft unusable, or None. Hostile input ends here.
+
+    With `first`, only so many nodes are looked at: those that will be used. They are a draft of
+    their own, since parents come first.
+    """
     count = len(draft.tokens)
     if count != len(draft.parents) or count != len(draft.accept_logprobs):
         return "lengths"
@@ -92,25 +109,42 @@ def draft_fault(draft: Draft, vocabulary_size: int, nodes_max: int) -> str | Non
         return "empty"
     if count > nodes_max:
         return "oversize"
-    if not all(0 <= token < vocabulary_size for token in draft.tokens):
+    tokens, parents, logprobs = draft.tokens, draft.parents, draft.accept_logprobs
+    if first is not None:
+        tokens, parents, logprobs = tokens[:first], parents[:first], logprobs[:first]
+    # Built-ins over whole tuples: this runs for every node that anybody sends.
+    if min(tokens) < 0 or max(tokens) >= vocabulary_size:
         return "token"
-    if not all(-1 <= parent < index for index, parent in enumerate(draft.parents)):
+    if min(parents) < -1 or not all(map(operator.lt, parents, range(count))):
         return "parent"
-    if not all(
-        math.isfinite(logprob) and logprob <= LOGPROB_SLACK for logprob in draft.accept_logprobs
-    ):
+    if not all(map(math.isfinite, logprobs)) or max(logprobs) > LOGPROB_SLACK:
         return "score"
     return None
 
 
 class DraftTree:
-    """The trie of one session. One owner; not thread-safe."""
+    """The trie of one session. One owner; not thread-safe.
 
-    def __init__(self, tip: int, length: int, *, nodes_max: int, depth_max: int) -> None:
+    Nodes keep what sources claimed. What the claims are worth is asked of `calibrate` whenever
+    nodes are ranked, so that an estimate is never older than the calibration.
+    """
+
+    def __init__(
+        self,
+        tip: int,
+        length: int,
+        *,
+        nodes_max: int,
+        depth_max: int,
+        calibrate: Calibrate | None = None,
+    ) -> None:
         self.root = Node(tip, None, length - 1, 0)
         self.nodes_max = nodes_max
         self.depth_max = depth_max
         self.size = 0
+        self._calibrate = calibrate
+        # For each of the last committed tokens the (source, token) of guesses that were scored.
+        self._scored: deque[set[tuple[int, int]]] = deque(maxlen=_SCORED_POSITIONS_MAX)
 
     def __iter__(self) -> Iterator[Node]:
         """All live nodes but the root, parents before children."""
@@ -119,6 +153,19 @@ class DraftTree:
             node = stack.pop()
             yield node
             stack.extend(node.children.values())
+
+    def estimate(self, node: Node) -> float:
+        """Log-probability of acceptance given that the parent is accepted; at most 0.
+
+        The source that is most confident after calibration counts.
+        """
+        calibrate = self._calibrate
+        if calibrate is None:
+            return node.accept_logprob
+        best = ESTIMATE_FLOOR
+        for source, claim in node.claims.items():
+            best = max(best, calibrate(source, claim))
+        return best
 
     def ranked(self) -> Iterator[tuple[float, Node]]:
         """Yield (path log-probability, node), most probable first, parents before children.
@@ -131,7 +178,7 @@ class DraftTree:
         while True:
             for child in node.children.values():
                 arrival += 1
-                heapq.heappush(heap, (-(path_logprob + child.accept_logprob), arrival, child))
+                heapq.heappush(heap, (-(path_logprob + self.estimate(child)), arrival, child))
             if not heap:
                 return
             negated, _, node = heapq.heappop(heap)
@@ -143,84 +190,110 @@ class DraftTree:
         return [node for _, (_, node) in zip(range(count), self.ranked(), strict=False)]
 
     def add(self, parent: Node, token: int, accept_logprob: float, source: int) -> Node | None:
-        """Attach a child, or raise the estimate of the one that is there.
+        """Attach a child, or raise the claim of the one that is there.
 
         Returns the child, or None if it would lie deeper than `depth_max`. May leave the tree
         over its bound until `shrink` is called.
         """
+        claim = _bounded(accept_logprob)
         child = parent.children.get(token)
-        if child is None:
-            if parent.position + 1 - self.root.position > self.depth_max:
-                return None
-            child = Node(token, parent, parent.position + 1, source)
-            parent.children[token] = child
-            self.size += 1
-        logprob = max(ESTIMATE_FLOOR, min(0.0, accept_logprob))
-        known = child.estimates.get(source)
-        child.estimates[source] = logprob if known is None else max(known, logprob)
+        if child is not None:
+            child.claims[source] = max(claim, child.claims.get(source, claim))
+            return child
+        position = parent.position + 1
+        if position - self.root.position > self.depth_max:
+            return None
+        child = parent.children[token] = Node(token, parent, position, source, {source: claim}, {})
+        self.size += 1
         return child
 
     def merge(self, draft: Draft, since: Sequence[int], source: int) -> Merge:
         """Graft a draft that passed `draft_fault`; late ones are salvaged.
 
         `since` are the tokens committed after the draft's base: nodes are walked along them, and
-        what lies below their end is grafted. Idempotent for repeated drafts.
+        what lies below their end is grafted. Idempotent for repeated drafts. Nodes on or beside
+        the walk are evidence of the source's worth, unless they were in the tree in time.
         """
-        grafted = duplicates = decided = off_path = 0
+        decided = off_path = grafted = duplicates = 0
+        deepest = self.root.position + self.depth_max
+        shadow: list[ShadowScore] = []
         too_deep: set[int] = set()
         # Where each node of the message lies: an int counts matched tokens of `since`.
         places: list[Node | int | None] = []
         base: Node | int = 0 if since else self.root
-        for index, (token, parent, logprob) in enumerate(
-            zip(draft.tokens, draft.parents, draft.accept_logprobs, strict=True)
+        for token, parent, logprob in zip(
+            draft.tokens, draft.parents, draft.accept_logprobs, strict=True
         ):
             at = base if parent < 0 else places[parent]
             place: Node | int | None = None
-            if isinstance(at, int):
-                if since[at] == token:
+            # `add` once more, since a call for each node would take longer than what it does.
+            if isinstance(at, Node):
+                claim = logprob if ESTIMATE_FLOOR <= logprob <= 0.0 else _bounded(logprob)
+                place = at.children.get(token)
+                if place is not None:
+                    duplicates += 1
+                    if place.claims.get(source, -math.inf) < claim:
+                        place.claims[source] = claim
+                elif at.position < deepest:
+                    grafted += 1
+                    place = Node(token, at, at.position + 1, source, {source: claim}, {})
+                    at.children[token] = place
+                else:
+                    too_deep.add(len(places))
+            elif at is not None:
+                accepted = since[at] == token
+                if self._unscored(len(since) - at, source, token):
+                    shadow.append(ShadowScore(source, _bounded(logprob), accepted))
+                if accepted:
                     place = at + 1 if at + 1 < len(since) else self.root
                     decided += 1
                 else:
                     off_path += 1
-            elif at is None and parent in too_deep:
-                too_deep.add(index)
-            elif at is None:
-                off_path += 1
+            elif parent in too_deep:
+                too_deep.add(len(places))
             else:
-                known = token in at.children
-                place = self.add(at, token, logprob, source)
-                if place is None:
-                    too_deep.add(index)
-                elif known:
-                    duplicates += 1
-                else:
-                    grafted += 1
+                off_path += 1
             places.append(place)
-        return Merge(grafted, duplicates, decided, off_path, len(too_deep), self.shrink())
+        self.size += grafted
+        return Merge(
+            grafted, duplicates, decided, off_path, len(too_deep), self.shrink(), tuple(shadow)
+        )
+
+    def _unscored(self, behind: int, source: int, token: int) -> bool:
+        """Whether a guess of the token `behind` the end counts as evidence; once it does."""
+        if behind > len(self._scored):
+            return False
+        scored = self._scored[-behind]
+        if (source, token) in scored:
+            return False
+        scored.add((source, token))
+        return True
 
     def advance(self, tokens: Sequence[int]) -> Advance:
-        """Re-root along committed tokens; the subtree below them lives on."""
-        before = self.size
+        """Re-root along committed tokens; the subtree below them lives on.
+
+        Matched nodes keep their children; whatever else was dropped loses its parent.
+        """
+        dropped = 0
         matched: list[Node] = []
         shadow: list[ShadowScore] = []
-        hit = True
         for token in tokens:
-            if hit:
-                shadow.extend(
-                    ShadowScore(source, logprob, child.token == token)
-                    for child in self.root.children.values()
-                    for source, logprob in child.estimates.items()
-                )
-            child = self.root.children.get(token)
-            hit = child is not None
-            if child is None:
-                child = Node(token, None, self.root.position + 1, 0)
+            scored: set[tuple[int, int]] = set()
+            self._scored.append(scored)
+            successor = self.root.children.get(token)
+            for child in self.root.children.values():
+                for source, claim in child.claims.items():
+                    scored.add((source, child.token))
+                    shadow.append(ShadowScore(source, claim, child is successor))
+                if child is not successor:
+                    dropped += _sever(child)
+            if successor is None:
+                successor = Node(token, None, self.root.position + 1, 0)
             else:
-                matched.append(child)
-            child.parent = None
-            self.root = child
-        self.size = sum(1 for _ in self)
-        dropped = before - len(matched) - self.size
+                matched.append(successor)
+            successor.parent = None
+            self.root = successor
+        self.size -= len(matched) + dropped
         return Advance(tuple(matched), self.size, dropped, tuple(shadow))
 
     def shrink(self) -> int:
@@ -232,13 +305,19 @@ class DraftTree:
         excess = self.size - self.nodes_max
         if excess <= 0:
             return 0
-        paths = {node: logprob for logprob, node in self.ranked()}
+        paths = {self.root: 0.0}
+        levels = [self.root]
         owned: dict[int, int] = {}
         leaves: dict[int, list[tuple[float, int, Node]]] = {}
-        for order, (node, logprob) in enumerate(paths.items()):
-            owned[node.owner] = owned.get(node.owner, 0) + 1
+        for order, node in enumerate(levels):
+            for child in node.children.values():
+                paths[child] = paths[node] + self.estimate(child)
+                owned[child.owner] = owned.get(child.owner, 0) + 1
+                levels.append(child)
             if not node.children:
-                heapq.heappush(leaves.setdefault(node.owner, []), (logprob, -order, node))
+                leaves.setdefault(node.owner, []).append((paths[node], -order, node))
+        for heap in leaves.values():
+            heapq.heapify(heap)
         for arrival in range(excess):
             owner = max((o for o in leaves if leaves[o]), key=lambda o: owned[o])
             _, _, node = heapq.heappop(leaves[owner])
@@ -252,6 +331,23 @@ class DraftTree:
                 entry = (paths[parent], -len(paths) - arrival, parent)
                 heapq.heappush(leaves.setdefault(parent.owner, []), entry)
         return excess
+
+
+def _bounded(logprob: float) -> float:
+    return max(ESTIMATE_FLOOR, min(0.0, logprob))
+
+
+def _sever(top: Node) -> int:
+    """Cut a dropped subtree's links to parents; returns its size.
+
+    Without the cycles its memory is freed at once, and the collector has nothing to search: with
+    tens of thousands of nodes that took longer than everything else here.
+    """
+    dropped = [top]
+    for node in dropped:
+        node.parent = None
+        dropped.extend(node.children.values())
+    return len(dropped)
 
 
 def subtree_draft(

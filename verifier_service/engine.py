@@ -32,6 +32,7 @@ from outrider.model.language_model import LanguageModel, Row
 from outrider.serving.queues import Inbox
 from verifier_service.acceptance import AcceptRule, Verdict, accept_path, judge
 from verifier_service.admission import Admission, reject
+from verifier_service.calibration import Calibrations
 from verifier_service.config import EngineConfig
 from verifier_service.deciding import Decider
 from verifier_service.grammar import GrammarCompiler, GrammarState
@@ -45,10 +46,10 @@ from verifier_service.messages import (
     Outputs,
     Repeat,
 )
-from verifier_service.planning import Planner, RowPlan, Seat
+from verifier_service.planning import Planner, RowPlan, Seat, kv_read
 from verifier_service.sampling_step import Sampled, committed_logprobs, sample_rows
-from verifier_service.scheduling import StepTimes
 from verifier_service.session import Session
+from verifier_service.step_times import StepTimes
 
 _IDLE_WAIT_S = 0.5
 _ENDED_KEPT_MAX = 1_024
@@ -100,7 +101,8 @@ class Engine:
         self._admission = Admission(
             config, model.vocabulary_size, model.length_max, self.pool.tokens_max
         )
-        self._planner = Planner(self.pool, self.times, config)
+        self._calibrations = Calibrations()
+        self._planner = Planner(self.pool, self.times, config, self._calibrations)
         self._thread: Executor | None = None
         self._ended_run: Future[None] | None = None
 
@@ -256,6 +258,7 @@ class Engine:
             vocabulary_size=self.model.vocabulary_size,
             tree_nodes_max=self._config.tree_nodes_max,
             tree_depth_max=self._config.tree_depth_max,
+            calibrations=self._calibrations,
         )
         self._seats[spec.session] = Seat(session, decider)
         self._to(connection).opened.append((spec.session, spec.epoch))
@@ -314,7 +317,12 @@ class Engine:
             time.sleep(self._config.step_delay_s)
         duration_s = time.perf_counter() - started
         tokens = sum(plan.size for plan in plans)
-        self.times.observe(tokens, duration_s)
+        self.times.observe(
+            tokens,
+            duration_s,
+            kv_tokens=kv_read(plans),
+            prefill_tokens=sum(plan.size for plan in plans if plan.prefills),
+        )
         self.steps += 1
         self._decide(sampled)
         report = StepReport(

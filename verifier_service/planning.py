@@ -9,16 +9,18 @@ prefills again, from whatever prefix is still held. The session admitted first a
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from outrider.draft_tree import Node
 from outrider.kv_blocks import BLOCK_TOKENS
 from outrider.model.kv_cache import KvPool
 from outrider.model.language_model import Row
+from verifier_service.calibration import Calibrations
 from verifier_service.config import EngineConfig
 from verifier_service.deciding import Decider, Mask
-from verifier_service.scheduling import StepTimes, choose_nodes
+from verifier_service.scheduling import choose_nodes
 from verifier_service.session import Session
+from verifier_service.step_times import StepTimes
 
 
 @dataclass(slots=True, eq=False)
@@ -44,7 +46,9 @@ class RowPlan:
     """What the grammar allows at the tip and at each node."""
     decodes: bool = True
     """The logits of the last token and of the nodes decide tokens."""
-    scored: tuple[int, ...] = field(default=())
+    prefills: bool = False
+    """`tokens` is a chunk of prefill, though perhaps one of a single token."""
+    scored: tuple[int, ...] = ()
     """Indices into `tokens` whose logits score the prompt token after them."""
 
     @property
@@ -71,10 +75,13 @@ class RowPlan:
 class Planner:
     """Plans steps within a KV budget."""
 
-    def __init__(self, pool: KvPool, times: StepTimes, config: EngineConfig) -> None:
+    def __init__(
+        self, pool: KvPool, times: StepTimes, config: EngineConfig, calibrations: Calibrations
+    ) -> None:
         self._pool = pool
         self._times = times
         self._config = config
+        self._calibrations = calibrations
         self.preemptions = 0
 
     def plan(self, seats: Iterable[Seat]) -> list[RowPlan]:
@@ -90,7 +97,10 @@ class Planner:
             self._times,
             other_tokens=prefill,
             nodes_max=self._config.step_nodes_max,
+            kv_tokens=sum(seat.session.cache.prefix_length for seat in decoding),
         )
+        # What could not pay now is not even read when it arrives.
+        self._calibrations.pay_min = choice.pay_min
         plans = [
             self._decoding_row(seat, nodes)
             for seat, nodes in zip(decoding, choice.nodes, strict=True)
@@ -203,4 +213,9 @@ def _chunk_plan(seat: Seat, chunk: tuple[int, ...]) -> RowPlan:
     # The last chunk ends with the tip: its logits decide the first token.
     decodes = len(chunk) == len(session.pending)
     masks = seat.decider.allow(session.tree.root, ()).masks if decodes else (None,)
-    return RowPlan(seat, chunk, (), masks, decodes, scored)
+    return RowPlan(seat, chunk, (), masks, decodes, prefills=True, scored=scored)
+
+
+def kv_read(plans: Sequence[RowPlan]) -> int:
+    """Return how many tokens of KV the decoding rows of a step attend to."""
+    return sum(plan.seat.session.cache.prefix_length for plan in plans if not plan.prefills)

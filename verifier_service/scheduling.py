@@ -1,4 +1,4 @@
-"""How many guesses a verify step verifies, and whose. Pure: times come in as arguments.
+"""How many guesses a verify step verifies, and whose. Pure.
 
 The choice of N (goodput, as in SmartSpec, arXiv 2406.14066, over a token tree): take nodes of all
 sessions in the order of their path probability and stop where
@@ -12,95 +12,22 @@ than it wins.
 
 from __future__ import annotations
 
-import bisect
 import heapq
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from outrider.draft_tree import DraftTree, Node
+from verifier_service.step_times import KNOTS, StepTimes
 
-KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
-"""Step sizes, in tokens, at which T is learnt."""
+__all__ = ["GAIN_MIN", "KNOTS", "Choice", "StepTimes", "choose_nodes"]
 
-_LOGPROB_MAX = math.log(0.99)
+GAIN_MIN = 0.01
+"""A choice must promise so much more goodput than none: T is not known any better, and planning
+guesses costs time outside of the step."""
 
-_DURATION_MIN_S = 1e-6
-"""A clock may stand still for a tiny step; T is divided by."""
-
-_OUTLIER = 2.0
-"""A sample counts at most as this multiple of what was expected: one hiccup is forgotten."""
-
-
-class StepTimes:
-    """T(N): seconds of a step that computes N tokens, learnt while running.
-
-    Decayed means at the knots under a monotone envelope, linear in between, so that one slow
-    sample neither lasts nor makes a larger step look cheaper than a smaller one.
-    """
-
-    def __init__(self, *, decay: float = 0.1) -> None:
-        self._decay = decay
-        self._means: dict[int, float] = {}
-        self._curve: list[tuple[int, float]] = []
-
-    def observe(self, tokens: int, duration_s: float) -> None:
-        """Learn from one step of at least one token."""
-        duration_s = max(duration_s, _DURATION_MIN_S)
-        knot = min(KNOTS, key=lambda size: abs(math.log(size / tokens)))
-        # Moved to the knot along the present curve, so that the knot's neighbours do not blur it.
-        if self._curve:
-            duration_s *= self.predict(knot) / self.predict(tokens)
-        mean = self._means.get(knot)
-        if mean is None:
-            self._means[knot] = duration_s
-        else:
-            sample = min(duration_s, mean * _OUTLIER)
-            self._means[knot] = mean + self._decay * (sample - mean)
-        highest = 0.0
-        self._curve = []
-        for size in sorted(self._means):
-            highest = max(highest, self._means[size])
-            self._curve.append((size, highest))
-
-    def predict(self, tokens: int) -> float:
-        """Expected seconds; 1.0 for every size while nothing was observed."""
-        if not self._curve:
-            return 1.0
-        index = bisect.bisect_left(self._curve, (tokens, -1.0))
-        if index == 0:
-            return self._curve[0][1]
-        if index == len(self._curve):
-            size, duration_s = self._curve[-1]
-            # Beyond what was seen, compute grows in proportion: never optimistic about it.
-            return duration_s * max(1.0, tokens / size)
-        (low, low_s), (high, high_s) = self._curve[index - 1], self._curve[index]
-        return low_s + (high_s - low_s) * (tokens - low) / (high - low)
-
-
-@dataclass(slots=True)
-class Calibration:
-    """Shifts one source's estimates to what its guesses turn out to be worth.
-
-    Stochastic approximation (Robbins and Monro, 1951) on shadow scores, chosen or not: the shift
-    settles where calibrated claims and true acceptance agree on average. A source that claims 0.9
-    and is always wrong is soon not worth a token of any step.
-    """
-
-    shift: float = 0.0
-    """Added to each log-probability."""
-    rate: float = 0.15
-    shift_min: float = -6.0
-    """Kept within reach, so that a source that turns honest is believed again."""
-
-    def observe(self, calibrated_logprob: float, accepted: bool) -> None:
-        """Learn from one guess whose parent was committed."""
-        error = float(accepted) - math.exp(calibrated_logprob)
-        self.shift = min(1.0, max(self.shift_min, self.shift + self.rate * error))
-
-    def apply(self, accept_logprob: float) -> float:
-        """Shifted log-probability, at most that of 0.99."""
-        return min(accept_logprob + self.shift, _LOGPROB_MAX)
+_PATH_LOGPROB_MIN = math.log(0.004)
+"""Nodes less probable than this are not verified even where tokens are free."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +36,9 @@ class Choice:
 
     nodes: tuple[tuple[Node, ...], ...]
     expected_tokens: float = field(compare=False)
+    pay_min: float = field(default=0.0, compare=False)
+    """If no node is more probable than this, none is worth verifying in such a step, whatever
+    their number; infinite if the step has no room for nodes."""
 
 
 def choose_nodes(
@@ -118,37 +48,72 @@ def choose_nodes(
     *,
     other_tokens: int,
     nodes_max: int,
+    kv_tokens: int | None = None,
 ) -> Choice:
     """Choose the nodes of one step.
 
     `depths_max[i]` is how many nodes deep session i can use guesses (tokens left, less one);
-    `other_tokens` is what the step computes besides (prefill).
+    `other_tokens` is what the step computes besides (prefill); `kv_tokens` what all rows attend
+    to, by default as much as in the last step.
     """
     rows = len(trees)
-    ranked = heapq.merge(
-        *(_candidates(i, tree, depths_max[i]) for i, tree in enumerate(trees)),
-        key=lambda candidate: -candidate[0],
+    by_session: list[list[Node]] = [[] for _ in trees]
+    if not rows:
+        return Choice((), 0.0)
+    durations_s = times.predict_all(
+        rows + other_tokens, nodes_max, kv_tokens=kv_tokens, prefill_tokens=other_tokens
     )
+    best_goodput = (1.0 + GAIN_MIN) * rows / durations_s[0]
+    pay_min = max(0.0, _pay_min(rows, best_goodput, durations_s))
+    heap = _first_candidates(trees, depths_max)
+    best_count, best_expected, expected = 0, float(rows), float(rows)
+    if not heap or math.exp(-heap[0][0]) < pay_min:
+        return Choice(tuple(() for _ in trees), expected, pay_min)
+    arrival = len(heap)
     chosen: list[tuple[int, Node]] = []
-    expected = float(rows)
-    best_count, best_expected = 0, expected
-    best_goodput = expected / times.predict(rows + other_tokens)
-    for logprob, index, node in ranked:
-        if len(chosen) == nodes_max:
+    while heap and len(chosen) < nodes_max:
+        negated, _, index, node = heapq.heappop(heap)
+        count = len(chosen) + 1
+        probability = math.exp(-negated)
+        # Not even if all that may follow were as probable, and free.
+        if expected + probability * (nodes_max - count + 1) <= best_goodput * durations_s[count]:
             break
         chosen.append((index, node))
-        expected += math.exp(logprob)
-        goodput = expected / times.predict(rows + other_tokens + len(chosen))
-        if goodput > best_goodput:
-            best_goodput, best_count, best_expected = goodput, len(chosen), expected
-    by_session: list[list[Node]] = [[] for _ in trees]
+        expected += probability
+        if expected > best_goodput * durations_s[count]:
+            best_goodput = expected / durations_s[count]
+            best_count, best_expected = count, expected
+        tree = trees[index]
+        if node.position < tree.root.position + depths_max[index]:
+            for child in node.children.values():
+                path_logprob = tree.estimate(child) - negated
+                if path_logprob >= _PATH_LOGPROB_MIN:
+                    arrival += 1
+                    heapq.heappush(heap, (-path_logprob, arrival, index, child))
     for index, node in chosen[:best_count]:
         by_session[index].append(node)
-    return Choice(tuple(tuple(nodes) for nodes in by_session), best_expected)
+    return Choice(tuple(tuple(nodes) for nodes in by_session), best_expected, pay_min)
 
 
-def _candidates(index: int, tree: DraftTree, depth_max: int) -> Iterator[tuple[float, int, Node]]:
-    deepest = tree.root.position + depth_max
-    for logprob, node in tree.ranked():
-        if node.position <= deepest:
-            yield logprob, index, node
+def _pay_min(rows: int, goodput: float, durations_s: Sequence[float]) -> float:
+    """Least probability with which some number of equally probable nodes reaches a goodput."""
+    return min(
+        ((goodput * durations_s[count] - rows) / count for count in range(1, len(durations_s))),
+        default=math.inf,
+    )
+
+
+def _first_candidates(
+    trees: Sequence[DraftTree], depths_max: Sequence[int]
+) -> list[tuple[float, int, int, Node]]:
+    """A heap of (negated path log-probability, arrival, index of the tree, child of its root)."""
+    heap: list[tuple[float, int, int, Node]] = []
+    for index, tree in enumerate(trees):
+        if depths_max[index] < 1:
+            continue
+        for child in tree.root.children.values():
+            path_logprob = tree.estimate(child)
+            if path_logprob >= _PATH_LOGPROB_MIN:
+                heap.append((-path_logprob, len(heap), index, child))
+    heapq.heapify(heap)
+    return heap

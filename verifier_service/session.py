@@ -5,14 +5,20 @@ Owned by the engine's thread; nobody else touches it.
 
 from __future__ import annotations
 
+import math
 from collections import Counter
+from collections.abc import Iterable
 
 from outrider.committed import CommittedLog
 from outrider.domain import TARGET_SOURCE, Draft, SessionSpec, SpeculationCounters
-from outrider.draft_tree import Advance, DraftTree, Node, draft_fault
+from outrider.draft_tree import DraftTree, Node, ShadowScore, draft_fault
 from outrider.model.kv_cache import SessionCache
 from verifier_service.acceptance import Verdict
-from verifier_service.scheduling import Calibration
+from verifier_service.calibration import WORTH_MIN, Calibrations, SessionCalibration
+
+_HOPELESS_NODES_MAX = 2
+"""Nodes that are looked at of a draft none of whose nodes can pay: enough to score its source, and
+few enough to cost next to nothing when every session gets such drafts after every step."""
 
 
 class Session:
@@ -28,17 +34,24 @@ class Session:
         vocabulary_size: int,
         tree_nodes_max: int,
         tree_depth_max: int,
+        calibrations: Calibrations | None = None,
     ) -> None:
+        """`calibrations` is what the verifier knows of all sources; by default nothing."""
         self.spec = spec
         self.connection = connection
         self.cache = cache
         self.log = CommittedLog((*spec.prompt, *spec.committed))
         self.tree = DraftTree(
-            self.log.tip, len(self.log), nodes_max=tree_nodes_max, depth_max=tree_depth_max
+            self.log.tip,
+            len(self.log),
+            nodes_max=tree_nodes_max,
+            depth_max=tree_depth_max,
+            calibrate=self._calibrate,
         )
         self.stop_ids = spec.stop_ids | (frozenset() if spec.ignore_eos else eos_ids)
         self._vocabulary_size = vocabulary_size
-        self._calibrations: dict[int, Calibration] = {}
+        self._calibrations = calibrations or Calibrations()
+        self._calibration_of: dict[int, SessionCalibration] = {}
         self._verify_steps = 0
         self._verified = 0
         self._received = 0
@@ -58,33 +71,57 @@ class Session:
 
     def merge(self, draft: Draft | None, source: int) -> None:
         """Take a draft in; what cannot be used is counted and dropped."""
-        fault = self._fault(draft)
+        first = None
         if draft is not None:
             self._received += len(draft.tokens)
+            first = self._looked_at(draft, source)
+        fault = self._fault(draft, first)
         if draft is None or fault is not None:
             self._dropped_drafts[fault or "malformed"] += 1
             return
-        calibration = self._calibrations.setdefault(source, Calibration())
-        calibrated = Draft(
-            draft.epoch,
-            draft.base_length,
-            draft.base_digest,
-            draft.tokens,
-            draft.parents,
-            tuple(calibration.apply(logprob) for logprob in draft.accept_logprobs),
-        )
-        merge = self.tree.merge(calibrated, self.log.since(draft.base_length), source)
+        if first is not None and first < len(draft.tokens):
+            self._dropped_nodes["hopeless"] += len(draft.tokens) - first
+            draft = Draft(
+                draft.epoch,
+                draft.base_length,
+                draft.base_digest,
+                draft.tokens[:first],
+                draft.parents[:first],
+                draft.accept_logprobs[:first],
+            )
+        merge = self.tree.merge(draft, self.log.since(draft.base_length), source)
         for reason in ("decided", "off_path", "too_deep", "evicted"):
             count = getattr(merge, reason)
             if count:
                 self._dropped_nodes[reason] += count
+        self._learn(merge.shadow)
 
-    def _fault(self, draft: Draft | None) -> str | None:
+    def _looked_at(self, draft: Draft, source: int) -> int | None:
+        """How many nodes of a draft to look at: a few if none can pay, else all (None)."""
+        needed = max(WORTH_MIN, 0.9 * self._calibrations.pay_min)
+        calibration = self._calibration(source)
+        if math.exp(calibration.apply(0.0)) < needed:
+            return _HOPELESS_NODES_MAX
+        # A path is no more probable than its last edge. Negated, since the claim may be NaN.
+        surest = min(0.0, max(draft.accept_logprobs, default=0.0))
+        return None if math.exp(calibration.apply(surest)) >= needed else _HOPELESS_NODES_MAX
+
+    def _calibration(self, source: int) -> SessionCalibration:
+        calibration = self._calibration_of.get(source)
+        if calibration is None:
+            calibration = self._calibrations.of_session(self.connection, source)
+            self._calibration_of[source] = calibration
+        return calibration
+
+    def _calibrate(self, source: int, claim_logprob: float) -> float:
+        return self._calibration(source).apply(claim_logprob)
+
+    def _fault(self, draft: Draft | None, first: int | None) -> str | None:
         if draft is None:
             return "malformed"
         if draft.epoch != self.spec.epoch:
             return "epoch"
-        fault = draft_fault(draft, self._vocabulary_size, self.tree.nodes_max)
+        fault = draft_fault(draft, self._vocabulary_size, self.tree.nodes_max, first=first)
         if fault is not None:
             return fault
         if draft.base_length > len(self.log):
@@ -104,14 +141,15 @@ class Session:
         sources = [node.owner for node in accepted[: len(verdict.tokens)]]
         sources += [TARGET_SOURCE] * (len(verdict.tokens) - len(sources))
         self.log.append(verdict.tokens)
-        self._learn(self.tree.advance(verdict.tokens))
-        return tuple(sources)
-
-    def _learn(self, advance: Advance) -> None:
+        advance = self.tree.advance(verdict.tokens)
         if advance.dropped:
             self._dropped_nodes["missed"] += advance.dropped
-        for score in advance.shadow:
-            self._calibrations[score.source].observe(score.claimed_logprob, score.accepted)
+        self._learn(advance.shadow)
+        return tuple(sources)
+
+    def _learn(self, scores: Iterable[ShadowScore]) -> None:
+        for score in scores:
+            self._calibration(score.source).observe(score.claimed_logprob, score.accepted)
 
     def counters(self) -> SpeculationCounters:
         """A snapshot."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import copy
+import gc
 import itertools
 import math
 import random
+import weakref
 from collections.abc import Sequence
 
 import pytest
@@ -62,7 +64,7 @@ def path_of(tree: DraftTree, node: Node) -> tuple[int, ...]:
 
 
 def snapshot(tree: DraftTree) -> dict[tuple[int, ...], tuple[int, dict[int, float]]]:
-    return {path_of(tree, node): (node.owner, dict(node.estimates)) for node in tree}
+    return {path_of(tree, node): (node.owner, dict(node.claims)) for node in tree}
 
 
 def at(tree: DraftTree, *path: int) -> Node:
@@ -210,6 +212,42 @@ def test_each_source_is_scored_for_what_it_said() -> None:
     assert tree.advance([1]).shadow == (ShadowScore(1, -0.1, True), ShadowScore(2, -0.9, True))
 
 
+def test_late_drafts_are_scored_once_for_what_was_committed_since() -> None:
+    tree = new_tree()
+    tree.merge(draft((1, -1, -0.1)), [], 1)
+    tree.advance([1, 2])
+    # 1 was in the tree and has been scored; of 2 and 7 beside it the source said nothing in time.
+    late = draft((1, -1, -0.3), (2, 0, -0.2), (7, 0, -0.9), (3, 1, -0.4), (8, 2, -0.5))
+    merge = tree.merge(late, [1, 2], 1)
+    assert merge.shadow == (ShadowScore(1, -0.2, True), ShadowScore(1, -0.9, False))
+    assert tree.merge(late, [1, 2], 1).shadow == (), "a repeated draft is no new evidence"
+    # Another source is judged by itself, and what lives on is scored when it is decided.
+    assert [score.source for score in tree.merge(late, [1, 2], 2).shadow] == [2, 2, 2]
+    shadow = tree.advance([3]).shadow
+    assert shadow == (ShadowScore(1, -0.4, True), ShadowScore(2, -0.4, True))
+    assert tree.merge(draft((2, -1, -0.2), (3, 0, -0.4)), [2, 3], 1).shadow == ()
+
+
+def test_what_was_committed_long_ago_is_not_evidence() -> None:
+    tree = new_tree()
+    tree.advance([5] * 70)
+    message = draft((5, -1, -0.1), (5, 0, -0.1))
+    assert tree.merge(message, [5] * 65, 1).shadow == (ShadowScore(1, -0.1, True),)
+    # Before the tree began nothing is known either.
+    assert new_tree().merge(message, [5, 5], 1).shadow == ()
+
+
+def test_what_is_dropped_is_freed_without_the_collector() -> None:
+    tree = family()
+    dropped = [weakref.ref(at(tree, *path)) for path in ((5,), (5, 6), (1, 4), (1, 2, 3))]
+    gc.disable()
+    try:
+        tree.advance([1, 2])
+        assert [ref() is None for ref in dropped] == [True, True, True, False]
+    finally:
+        gc.enable()
+
+
 # --- choosing ---------------------------------------------------------------------------------
 
 
@@ -343,6 +381,16 @@ def test_hostile_drafts_are_named(
     assert draft_fault(message, vocabulary_size=10, nodes_max=8) == fault
 
 
+def test_only_the_nodes_that_will_be_used_are_looked_at() -> None:
+    message = Draft(1, 1, 0, (1, 2, 99), (-1, 0, 7), (0.0, 0.0, math.nan))
+    assert draft_fault(message, vocabulary_size=10, nodes_max=8) == "token"
+    assert draft_fault(message, vocabulary_size=10, nodes_max=8, first=2) is None
+    assert draft_fault(message, vocabulary_size=10, nodes_max=8, first=3) == "token"
+    assert draft_fault(message, vocabulary_size=10, nodes_max=2, first=1) == "oversize"
+    short = Draft(1, 1, 0, (1, 2), (-1,), (0.0,))
+    assert draft_fault(short, vocabulary_size=10, nodes_max=8, first=1) == "lengths"
+
+
 # --- the whole, as a machine ------------------------------------------------------------------
 
 VOCABULARY = 4
@@ -447,6 +495,9 @@ class Speculation(RuleBasedStateMachine):
         assert merge.evicted == evicted
         counts = (merge.grafted, merge.duplicates, merge.decided, merge.off_path, merge.too_deep)
         assert sum(counts) == len(message.tokens)
+        right = [score.accepted for score in merge.shadow]
+        assert sum(right) <= merge.decided
+        assert len(right) - sum(right) <= merge.off_path
 
     @rule(count=st.integers(0, STEP_NODES_MAX))
     def verify(self, count: int) -> None:
@@ -479,8 +530,8 @@ class Speculation(RuleBasedStateMachine):
             assert node.position == self.tree.root.position + len(path)
             assert all(token == child.token for token, child in node.children.items())
             assert all(child.parent is node for child in node.children.values())
-            assert node.owner in node.estimates
-            assert all(ESTIMATE_FLOOR <= value <= 0.0 for value in node.estimates.values())
+            assert node.owner in node.claims
+            assert all(ESTIMATE_FLOOR <= value <= 0.0 for value in node.claims.values())
         assert len({path_of(self.tree, node) for node in nodes}) == len(nodes) == self.tree.size
         assert self.tree.size <= NODES_MAX
         ranked = list(self.tree.ranked())

@@ -61,7 +61,7 @@ def test_a_child_that_was_not_verified_is_not_accepted() -> None:
 def test_estimates_are_never_read() -> None:
     root, nodes = forked()
     for node, logprob in zip(nodes, itertools.cycle((-60.0, 0.0)), strict=False):
-        node.estimates = {1: logprob}
+        node.claims = {1: logprob}
     assert accept_path(root, nodes, [1, 2, 0, 3, 0, 6]) == ([0, 2, 4], [1, 2, 3, 6])
 
 

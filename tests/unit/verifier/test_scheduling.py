@@ -1,8 +1,7 @@
-"""Step times, calibration, and the choice of nodes."""
+"""The choice of nodes."""
 
 from __future__ import annotations
 
-import itertools
 import math
 import random
 from collections.abc import Callable, Sequence
@@ -12,153 +11,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from outrider.draft_tree import DraftTree, Node
-from verifier_service.scheduling import KNOTS, Calibration, StepTimes, choose_nodes
+from verifier_service.scheduling import GAIN_MIN, KNOTS, StepTimes, choose_nodes
 
 thorough = settings(max_examples=150, deadline=None, derandomize=True)
 
-# --- step times -------------------------------------------------------------------------------
 
-
-def learnt(cost_s: Callable[[int], float], rounds: int = 60) -> StepTimes:
-    """Step times after steps of the knots' sizes up to 256, in turn."""
+def learnt(cost_s: Callable[[int], float]) -> StepTimes:
+    """Step times after one step of each of the knots' sizes up to 256."""
     times = StepTimes()
-    for _ in range(rounds):
-        for size in (size for size in KNOTS if size <= 256):
-            times.observe(size, cost_s(size))
+    for size in (size for size in KNOTS if size <= 256):
+        times.observe(size, cost_s(size))
     return times
-
-
-def test_before_anything_was_seen_all_sizes_cost_the_same() -> None:
-    times = StepTimes()
-    assert {times.predict(size) for size in (0, 1, 7, 5000)} == {1.0}
-
-
-@thorough
-@given(
-    samples=st.lists(
-        st.tuples(st.integers(1, 3000), st.floats(1e-5, 10.0)), min_size=1, max_size=40
-    )
-)
-def test_a_larger_step_is_never_predicted_to_be_cheaper(samples: list[tuple[int, float]]) -> None:
-    times = StepTimes()
-    for tokens, duration_s in samples:
-        times.observe(tokens, duration_s)
-    predicted = [times.predict(size) for size in range(0, 3000, 7)]
-    assert all(math.isfinite(value) and value > 0 for value in predicted)
-    assert all(b >= a * (1 - 1e-9) for a, b in itertools.pairwise(predicted))
-
-
-def test_a_staircase_is_learnt() -> None:
-    def staircase_s(tokens: int) -> float:
-        return 0.010 if tokens <= 32 else 0.020 if tokens <= 64 else 0.055
-
-    times = learnt(staircase_s)
-    for size in (1, 5, 16, 31, 32, 64, 96, 200, 256):
-        assert times.predict(size) == pytest.approx(staircase_s(size), rel=0.02), size
-    # Between two steps something in between.
-    assert 0.010 < times.predict(48) <= 0.020
-    # Beyond what was seen it grows in proportion.
-    assert times.predict(1024) == pytest.approx(4 * times.predict(256))
-
-
-def test_sizes_between_the_knots_do_not_blur_the_knots() -> None:
-    def linear_s(tokens: int) -> float:
-        return 0.010 + 0.001 * tokens
-
-    times = learnt(linear_s)
-    for _ in range(300):
-        times.observe(20, linear_s(20))
-        times.observe(11, linear_s(11))
-    for size in (8, 11, 12, 16, 20, 24, 32):
-        assert times.predict(size) == pytest.approx(linear_s(size), rel=0.02), size
-
-
-def test_one_slow_sample_is_forgotten() -> None:
-    times = learnt(lambda _: 0.010)
-    times.observe(16, 5.0)
-    # It counts as twice the usual at most, a tenth of which is learnt.
-    assert times.predict(16) <= 0.0111
-    for _ in range(30):
-        times.observe(16, 0.010)
-    assert times.predict(16) == pytest.approx(0.010, rel=0.01)
-
-
-def test_a_lasting_change_is_learnt() -> None:
-    times = learnt(lambda _: 0.010)
-    for _ in range(60):
-        times.observe(16, 0.030)
-    assert times.predict(16) == pytest.approx(0.030, rel=0.05)
-    for _ in range(60):
-        times.observe(16, 0.010)
-    assert times.predict(16) == pytest.approx(0.010, rel=0.05)
-
-
-# --- calibration ------------------------------------------------------------------------------
-
-
-def play(
-    calibration: Calibration,
-    rounds: int,
-    chance: random.Random,
-    *,
-    claims: Sequence[float],
-    truth: Callable[[float], float],
-) -> dict[float, float]:
-    """Let a source claim and be found out; returns the mean calibrated probability by claim."""
-    sums = dict.fromkeys(claims, 0.0)
-    counts = dict.fromkeys(claims, 0)
-    for _ in range(rounds):
-        claim = chance.choice(claims)
-        calibrated = calibration.apply(math.log(claim))
-        sums[claim] += math.exp(calibrated)
-        counts[claim] += 1
-        calibration.observe(calibrated, chance.random() < truth(claim))
-    return {claim: sums[claim] / counts[claim] for claim in claims}
-
-
-def test_a_liars_estimates_sink() -> None:
-    calibration = Calibration()
-    assert math.exp(calibration.apply(math.log(0.9))) == pytest.approx(0.9)
-    play(calibration, 100, random.Random(1), claims=[0.9], truth=lambda _: 0.0)
-    assert math.exp(calibration.apply(math.log(0.9))) < 0.08
-    play(calibration, 900, random.Random(1), claims=[0.9], truth=lambda _: 0.0)
-    assert math.exp(calibration.apply(math.log(0.9))) < 0.01
-
-
-def test_an_honest_sources_estimates_stay_what_they_are() -> None:
-    claims = [0.1, 0.3, 0.6, 0.85]
-    means = play(Calibration(), 4000, random.Random(2), claims=claims, truth=lambda claim: claim)
-    for claim in claims:
-        assert means[claim] == pytest.approx(claim, abs=0.05), means
-
-
-@pytest.mark.parametrize("factor", [0.5, 0.8, 1.6])
-def test_a_source_that_is_off_by_a_factor_is_corrected(factor: float) -> None:
-    claims = [0.2, 0.4, 0.6]
-    calibration = Calibration()
-    play(calibration, 500, random.Random(3), claims=claims, truth=lambda claim: claim * factor)
-    means = play(
-        calibration, 4000, random.Random(4), claims=claims, truth=lambda claim: claim * factor
-    )
-    for claim in claims:
-        assert means[claim] == pytest.approx(claim * factor, abs=0.05), means
-
-
-def test_a_source_that_turns_honest_is_believed_again() -> None:
-    calibration = Calibration()
-    play(calibration, 5000, random.Random(5), claims=[0.9], truth=lambda _: 0.0)
-    assert calibration.shift >= calibration.shift_min
-    play(calibration, 200, random.Random(6), claims=[0.8], truth=lambda claim: claim)
-    means = play(calibration, 2000, random.Random(7), claims=[0.8], truth=lambda claim: claim)
-    assert means[0.8] == pytest.approx(0.8, abs=0.05)
-
-
-def test_nothing_is_ever_certain() -> None:
-    calibration = Calibration()
-    for _ in range(1000):
-        calibration.observe(calibration.apply(-2.0), accepted=True)
-    assert math.exp(calibration.apply(-0.5)) == pytest.approx(0.99)
-    assert calibration.shift <= 1.0
 
 
 # --- the choice of nodes ----------------------------------------------------------------------
@@ -197,7 +60,7 @@ def brute_force(
         for logprob, node in tree.ranked()
         if node.position - tree.root.position <= depth_max
     ]
-    usable.sort(reverse=True)
+    usable = sorted((value for value in usable if value >= math.log(0.004)), reverse=True)
     rows = len(trees)
     return max(
         (rows + math.fsum(math.exp(logprob) for logprob in usable[:count]))
@@ -222,7 +85,7 @@ def test_the_choice_is_the_best_of_all_prefixes(
     trees = [grown(chance, size) for size in sizes]
     depths_max = [chance.randint(0, 6) for _ in trees]
     slope = chance.choice([0.0, 0.01, 0.3, 1.0])
-    times = learnt(lambda n: 0.001 + base + slope * n + (3.0 if n > step_at else 0.0), rounds=1)
+    times = learnt(lambda n: 0.001 + base + slope * n + (3.0 if n > step_at else 0.0))
     choice = choose_nodes(trees, depths_max, times, other_tokens=other_tokens, nodes_max=nodes_max)
 
     assert len(choice.nodes) == len(trees)
@@ -240,11 +103,23 @@ def test_the_choice_is_the_best_of_all_prefixes(
     assert choice.expected_tokens == pytest.approx(len(trees) + probability)
     goodput = choice.expected_tokens / times.predict(len(trees) + other_tokens + count)
     best = brute_force(trees, depths_max, times, other_tokens, nodes_max)
-    assert goodput == pytest.approx(best)
+    none = brute_force(trees, depths_max, times, other_tokens, 0)
+    if best > none * (1 + GAIN_MIN) * (1 + 1e-9):
+        assert goodput == pytest.approx(best)
+    elif best < none * (1 + GAIN_MIN) * (1 - 1e-9):
+        assert count == 0, "what gains next to nothing is not worth its trouble"
+    probable = [
+        math.exp(logprob)
+        for tree, depth_max in zip(trees, depths_max, strict=True)
+        for logprob, node in tree.ranked()
+        if node.position - tree.root.position <= depth_max
+    ]
+    if count:
+        assert choice.pay_min <= max(probable), "something was chosen below what is said to pay"
 
 
-FLAT = learnt(lambda _: 0.02, rounds=1)
-STEEP = learnt(lambda tokens: 0.001 * tokens, rounds=1)
+FLAT = learnt(lambda _: 0.02)
+STEEP = learnt(lambda tokens: 0.001 * tokens)
 
 
 def chosen_count(tree: DraftTree, times: StepTimes, *, depth_max: int = 32) -> int:
@@ -254,6 +129,8 @@ def chosen_count(tree: DraftTree, times: StepTimes, *, depth_max: int = 32) -> i
 
 def test_where_nodes_are_free_all_are_taken() -> None:
     assert chosen_count(chain_tree(*[-0.1] * 20), FLAT) == 20
+    # But not those that are as good as impossible.
+    assert chosen_count(chain_tree(-0.1, -5.0, -1.0, -0.1), FLAT) == 2
 
 
 def test_where_tokens_cost_their_time_none_is_taken() -> None:
@@ -261,28 +138,20 @@ def test_where_tokens_cost_their_time_none_is_taken() -> None:
 
 
 def test_hopeless_guesses_are_not_verified() -> None:
-    mild = learnt(lambda tokens: 0.020 + 0.0001 * tokens, rounds=1)
+    mild = learnt(lambda tokens: 0.020 + 0.0001 * tokens)
     assert chosen_count(chain_tree(-0.1, -0.1), mild) == 2
     assert chosen_count(chain_tree(-8.0, -0.1), mild) == 0
 
 
-def test_a_liar_is_not_given_a_token() -> None:
-    calibration = Calibration()
-    play(calibration, 1000, random.Random(1), claims=[0.9], truth=lambda _: 0.0)
-    mild = learnt(lambda tokens: 0.020 + 0.0005 * tokens, rounds=1)
-    assert chosen_count(chain_tree(math.log(0.9)), mild) == 1
-    assert chosen_count(chain_tree(calibration.apply(math.log(0.9))), mild) == 0
-
-
 def test_a_step_of_the_staircase_is_filled() -> None:
     # Up to 8 tokens cost the same, the ninth costs half as much again.
-    stairs = learnt(lambda tokens: 0.02 if tokens <= 8 else 0.03, rounds=1)
+    stairs = learnt(lambda tokens: 0.02 if tokens <= 8 else 0.03)
     assert chosen_count(chain_tree(*[-0.05] * 8), stairs) == 7
 
 
 def test_a_higher_step_is_taken_if_enough_lies_beyond_it() -> None:
     # The first guesses beyond the step cost more than they win; all of them together do not.
-    stairs = learnt(lambda tokens: 0.02 if tokens <= 4 else 0.055, rounds=1)
+    stairs = learnt(lambda tokens: 0.02 if tokens <= 4 else 0.055)
     assert chosen_count(chain_tree(*[-0.01] * 4), stairs) == 3
     assert chosen_count(chain_tree(*[-0.01] * 12), stairs) == 12
 
@@ -301,3 +170,48 @@ def test_the_budget_goes_to_the_most_probable_of_all_sessions() -> None:
 def test_without_sessions_nothing_is_chosen() -> None:
     choice = choose_nodes([], [], FLAT, other_tokens=10, nodes_max=8)
     assert (choice.nodes, choice.expected_tokens) == ((), 0.0)
+
+
+def test_the_price_of_a_node_is_told() -> None:
+    # One row; each further token costs a quarter of the first.
+    times = learnt(lambda tokens: 0.03 + 0.01 * tokens)
+    choice = choose_nodes([chain_tree()], [9], times, other_tokens=0, nodes_max=8)
+    assert choice.pay_min == pytest.approx(0.25, abs=0.02)
+    # Nothing pays in a step without room, and next to anything where tokens are free.
+    assert choose_nodes([chain_tree()], [9], times, other_tokens=0, nodes_max=0).pay_min == math.inf
+    assert choose_nodes([chain_tree()], [9], FLAT, other_tokens=0, nodes_max=8).pay_min < 0.01
+
+
+def test_estimates_are_calibrated_when_nodes_are_chosen() -> None:
+    worth = {1: -5.0, 2: -0.1}
+    tree = DraftTree(
+        100, 1, nodes_max=9, depth_max=9, calibrate=lambda source, claim: claim + worth[source]
+    )
+    tree.add(tree.root, 1, 0.0, 1)
+    tree.add(tree.root, 2, -0.5, 2)
+    mild = learnt(lambda tokens: 0.020 + 0.0005 * tokens)
+
+    def chosen() -> list[int]:
+        choice = choose_nodes([tree], [9], mild, other_tokens=0, nodes_max=8)
+        return [node.token for node in choice.nodes[0]]
+
+    assert chosen() == [2]
+    worth[1] = -0.2  # believed again: what is in the tree already counts at once
+    assert chosen() == [1, 2]
+    # Where sources agree on a node, the more believable counts.
+    worth[1] = -5.0
+    tree.add(tree.root, 1, -0.3, 2)
+    assert chosen() == [1, 2]
+
+
+def test_a_session_without_hints_costs_the_others_nothing() -> None:
+    choice = choose_nodes(
+        [chain_tree(), chain_tree(-0.1)], [9, 9], FLAT, other_tokens=0, nodes_max=8
+    )
+    assert [len(nodes) for nodes in choice.nodes] == [0, 1]
+
+
+def test_a_gain_too_small_to_be_known_is_left() -> None:
+    # More probable than what is never verified, but one row gains less than a hundredth.
+    assert chosen_count(chain_tree(math.log(0.008)), FLAT) == 0
+    assert chosen_count(chain_tree(math.log(0.012)), FLAT) == 1
