@@ -36,6 +36,13 @@ from outrider.serving.options import (
     show_default=True,
     help="Leaves that the draft model expands in one step, over all sessions.",
 )
+@click.option(
+    "--kv-tokens-max",
+    type=click.IntRange(min=1),
+    default=None,
+    help="KV budget of the draft model in tokens; idle sessions lose theirs first."
+    "  [default: what the machine has room for]",
+)
 @engine_options
 @worker_options
 @click.option(

@@ -71,7 +71,9 @@ def _proposer(config: DrafterConfig) -> Proposer:
         config.model,
         dtype=config.dtype,
         device=config.device,
+        compiled=config.compiled,
         cache_dir=config.cache_dir,
         threads=config.threads,
         leaves_max=config.leaves_max,
+        kv_tokens_max=config.kv_tokens_max,
     )

@@ -31,7 +31,11 @@ class DrafterConfig:
     dtype: Dtype
     device: Device
     threads: int
+    compiled: bool
+    """Compile the model's steps."""
     leaves_max: int
+    kv_tokens_max: int | None
+    """KV budget of a draft model in tokens; None: what the machine has room for."""
     host: str
     port: int
     advertise: str | None

@@ -78,7 +78,11 @@ async def serve(config: VerifierConfig) -> None:
 def _load(config: VerifierConfig) -> LanguageModel:
     set_threads(config.threads)
     return load_language_model(
-        config.model, dtype=config.dtype, device=config.device, cache_dir=config.cache_dir
+        config.model,
+        dtype=config.dtype,
+        device=config.device,
+        compiled=config.compiled,
+        cache_dir=config.cache_dir,
     )
 
 

@@ -43,6 +43,8 @@ class VerifierConfig:
     dtype: Dtype
     device: Device
     threads: int
+    compiled: bool
+    """Compile the model's steps."""
     host: str
     port: int
     advertise: str | None

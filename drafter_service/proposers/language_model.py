@@ -31,6 +31,8 @@ class _State:
     cache: SessionCache
     slot_of: dict[Node, int] = field(default_factory=dict)
     """KV slot of each expanded node below the root."""
+    used_step: int = 0
+    """Step that computed something for it last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,8 +54,11 @@ class LanguageModelProposer:
         width: int = 3,
         prefill_tokens_max: int = 256,
         path_probability_min: float = 0.02,
+        kv_tokens_max: int | None = None,
     ) -> None:
         self._model = model
+        self._pool = model.new_pool(kv_tokens_max)
+        self._step = 0
         self._info = info
         self._leaves_max = leaves_max
         self._width = width
@@ -68,7 +73,7 @@ class LanguageModelProposer:
 
     def open(self, mirror: Mirror) -> None:
         """Begin with empty KV; it is filled by `grow`."""
-        self._states[mirror.key] = _State(self._model.new_cache())
+        self._states[mirror.key] = _State(self._pool.new_cache())
 
     def advanced(self, mirror: Mirror, tokens: Sequence[int], advance: Advance) -> None:
         """Keep the KV of the surviving path; a miss costs only the committed tokens."""
@@ -121,6 +126,7 @@ class LanguageModelProposer:
         owners: list[tuple[Mirror, list[Node]]] = []
         leaves: list[_Leaf] = []
         left = self._prefill_tokens_max
+        self._step += 1
         for mirror in mirrors:
             state = self._states[mirror.key]
             if len(mirror.log) + 1 >= self._model.length_max:
@@ -128,17 +134,47 @@ class LanguageModelProposer:
             pending = mirror.log.since(state.cache.prefix_length)
             if pending and left > 0:
                 chunk = pending[:left]
+                if not self._make_room(state, len(chunk)):
+                    continue
                 left -= len(chunk)
                 done = len(chunk) == len(pending)
                 rows.append(Row(state.cache, chunk, None, [len(chunk) - 1] if done else []))
                 owners.append((mirror, [mirror.tree.root] if done else []))
-            elif not pending:
+        for mirror in mirrors:
+            state = self._states[mirror.key]
+            if len(mirror.log) + 1 >= self._model.length_max or state.used_step == self._step:
+                continue
+            if not mirror.log.since(state.cache.prefix_length):
                 leaves += self._leaves(mirror, state)
         leaves.sort(key=lambda leaf: -leaf.path_logprob)
         for mirror, nodes in _by_mirror(leaves[: self._leaves_max]):
+            state = self._states[mirror.key]
+            # Room for a better one may have cost this one its KV.
+            lost = mirror.log.since(state.cache.prefix_length)
+            if lost or not self._make_room(state, len(nodes)):
+                continue
             rows.append(self._tree_row(mirror, nodes))
             owners.append((mirror, nodes))
         return rows, owners
+
+    def _make_room(self, state: _State, tokens: int) -> bool:
+        """Reserve room for more tokens, dropping the KV of mirrors that were idle longest.
+
+        What is dropped is rebuilt when its mirror's turn comes.
+        """
+        cache, blocks = state.cache, self._pool.blocks
+        needed = cache.blocks_needed(tokens)
+        while needed > blocks.available:
+            idle = [s for s in self._states.values() if s.used_step < self._step and s.cache.blocks]
+            idle = [other for other in idle if other is not state]
+            if not idle:
+                return False
+            victim = min(idle, key=lambda other: other.used_step)
+            victim.cache.clear()
+            victim.slot_of.clear()
+        cache.reserve(cache.prefix_length + cache.tree_size + tokens)
+        state.used_step = self._step
+        return True
 
     def _leaves(self, mirror: Mirror, state: _State) -> list[_Leaf]:
         """The session's best unexpanded nodes."""
@@ -169,13 +205,23 @@ class LanguageModelProposer:
 
 
 def load_language_model_proposer(
-    spec: str, *, dtype: Dtype, device: Device, cache_dir: Path, threads: int, leaves_max: int
+    spec: str,
+    *,
+    dtype: Dtype,
+    device: Device,
+    compiled: bool,
+    cache_dir: Path,
+    threads: int,
+    leaves_max: int,
+    kv_tokens_max: int | None,
 ) -> LanguageModelProposer:
     """Load a draft model. Raises `ModelLoadError`."""
     set_threads(threads)
-    model = load_language_model(spec, dtype=dtype, device=device, cache_dir=cache_dir)
+    model = load_language_model(
+        spec, dtype=dtype, device=device, compiled=compiled, cache_dir=cache_dir
+    )
     info = model_info(model, proposer="language-model")
-    return LanguageModelProposer(model, info, leaves_max=leaves_max)
+    return LanguageModelProposer(model, info, leaves_max=leaves_max, kv_tokens_max=kv_tokens_max)
 
 
 def _by_mirror(leaves: Sequence[_Leaf]) -> list[tuple[Mirror, list[Node]]]:

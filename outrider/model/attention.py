@@ -101,6 +101,8 @@ class GatheredAttention:
                 )
             )
 
+    # It differs from pass to pass: the compiler calls it as it is.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
     def attend(
         self,
         layer: int,

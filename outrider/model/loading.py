@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import ModelLoadError
 from outrider.model import attention, native, random_model
+from outrider.model.compiling import can_compile, compile_steps
 from outrider.model.fingerprint import folder_digest, model_fingerprint, parameters_digest
 from outrider.model.language_model import LanguageModel, ModelIdentity, TransformersModel
 from outrider.model.packaged import PACKAGES, packaged_model, progress, quiet_transformers
@@ -71,22 +72,28 @@ def load_language_model(
     *,
     dtype: Dtype = "float32",
     device: Device = "auto",
+    compiled: bool = False,
     cache_dir: Path,
 ) -> LanguageModel:
     """Load the model that `spec` names (see `SPEC_FORMS`), ready to run.
 
-    `cache_dir` keeps what was fetched, converted or computed. Raises ModelLoadError, whose
-    message names the spec, for whatever keeps the model from being loaded or addressed.
+    `cache_dir` keeps what was fetched, converted or computed. `compiled`: see
+    `outrider.model.compiling`; without a compiler at hand the model runs as it
+    is. Raises ModelLoadError, whose message names the spec, for whatever keeps the model from being
+    loaded or addressed.
     """
     attention.register()
     place = _device(device)
+    compiled = compiled and can_compile(place)
     try:
         if spec.startswith(random_model.PREFIX):
-            model = _load_random(spec, getattr(torch, dtype), place)
+            model = _load_random(spec, getattr(torch, dtype), place, compiled)
         else:
             files = resolve_model(spec, cache_dir)
-            model = _load_folder(files, getattr(torch, dtype), place, cache_dir)
+            model = _load_folder(files, getattr(torch, dtype), place, cache_dir, compiled)
         check_model(model)
+        if compiled:
+            compile_steps(model.module)
     except ModelLoadError as error:
         if f"'{spec}'" in str(error):
             raise
@@ -94,13 +101,15 @@ def load_language_model(
     return model
 
 
-def _load_random(spec: str, dtype: torch.dtype, device: torch.device) -> TransformersModel:
+def _load_random(
+    spec: str, dtype: torch.dtype, device: torch.device, compiled: bool
+) -> TransformersModel:
     parsed = random_model.parse_random_spec(spec)
     with quiet_transformers():
         module = random_model.build_random_model(parsed, attention.ATTENTION)
     weights = parameters_digest(module)
     _place(module, device, dtype)
-    return _assemble(parsed.name, module, weights, byte_tokenizer_files())
+    return _assemble(parsed.name, module, weights, byte_tokenizer_files(), compiled)
 
 
 def _load_folder(
@@ -108,6 +117,7 @@ def _load_folder(
     dtype: torch.dtype,
     device: torch.device,
     cache_dir: Path,
+    compiled: bool,
 ) -> TransformersModel:
     tokenizer_files = files.tokenizer_files()
     if not (files.folder / "config.json").is_file():
@@ -126,7 +136,7 @@ def _load_folder(
     except expected as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelLoadError(reason) from error
-    return _assemble(files.name, module, weights, tokenizer_files)
+    return _assemble(files.name, module, weights, tokenizer_files, compiled)
 
 
 def _load_module(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
@@ -158,6 +168,7 @@ def _assemble(
     module: PreTrainedModel,
     weights: str,
     tokenizer_files: Mapping[str, bytes],
+    compiled: bool,
 ) -> TransformersModel:
     try:
         tokenizer = Tokenizer.from_buffer(tokenizer_files["tokenizer.json"])
@@ -165,10 +176,12 @@ def _assemble(
         raise ModelLoadError(f"its tokenizer.json cannot be read: {error}") from error
     attends = "native" if native.has_attention(module.device, module.dtype) else "gathered"
     kernels = f"{module.device.type}-{attends}"
-    packed = packing(module.dtype, module.device)
+    packed = packing(module.dtype, module.device, compiled=compiled)
     if packed is not None:
         pack_linears(module, packed)
         kernels += f"-{packed.__name__}"
+    if compiled:
+        kernels += "-compiled"
     config: dict[str, Any] = module.config.to_dict()
     identity = ModelIdentity(
         name=name,

@@ -4,9 +4,10 @@ A pass over few tokens is bound by reading the weights. Products from plain row-
 slow exactly there, above all with 2 to 8 rows, which is where speculation lives. With packing the
 time also grows steadily with the rows, so nothing is gained by padding a batch.
 
-`PackedLinear` uses the operators that torch's own compiler emits for CPU inference. They are not
-public, hence the one small module, the check for their presence, and torch's exact pin. They take
-bfloat16 only on processors with instructions for it; elsewhere `WidenedLinear` does.
+`TiledLinear` is our own operator (`outrider.model.native`), the faster one for few rows in float32,
+and in bfloat16 wherever the processor has no instructions for it. `PackedLinear` uses oneDNN
+through the operators that torch's own compiler emits for CPU inference. They are not public, hence
+the one small module, the check for their presence, and torch's exact pin.
 """
 
 from __future__ import annotations
@@ -51,11 +52,11 @@ class PackedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-class WidenedLinear(nn.Module):
-    """An `nn.Linear` with bfloat16 weights for processors that cannot multiply bfloat16.
+class TiledLinear(nn.Module):
+    """An `nn.Linear` for inference by our own operator, float32 or bfloat16.
 
-    Weights stay bfloat16 in memory, half of what a small batch has to read, and are widened to
-    float32 on the way to the registers. Sums are float32, results bfloat16.
+    Bfloat16 weights stay bfloat16 in memory, half of what a small batch has to read, and are
+    widened to float32 on the way to the registers. Sums are float32, results like the inputs.
     """
 
     def __init__(self, linear: nn.Linear) -> None:
@@ -79,17 +80,25 @@ class WidenedLinear(nn.Module):
         return f"in_features={self.in_features}, out_features={self.out_features}"
 
 
-def packing(dtype: torch.dtype, device: torch.device) -> type[nn.Module] | None:
-    """Return the packed linear layer for the precision on this torch and processor, if any."""
+def packing(
+    dtype: torch.dtype, device: torch.device, *, compiled: bool = False
+) -> type[nn.Module] | None:
+    """Return the fastest packed linear layer for the precision on this processor, if any.
+
+    `compiled`: only what torch's compiler can be told about.
+    """
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
+    ours = TiledLinear if native.has_linear(device, dtype) else None
+    if ours is not None and (dtype == torch.float32 or compiled):
+        return ours
     probe = nn.Linear(16, 16, device=device, dtype=dtype)
     try:
         with torch.inference_mode():
             PackedLinear(probe)(torch.zeros((1, 16), dtype=dtype))
-        return PackedLinear
     except (AttributeError, RuntimeError):  # no such operator, or not for this processor
-        return WidenedLinear if native.has_linear(device, dtype) else None
+        return ours
+    return None if compiled else PackedLinear
 
 
 def pack_linears(module: nn.Module, packed: type[nn.Module]) -> None:

@@ -116,6 +116,13 @@ def engine_options(command: F) -> F:
             show_default=True,
             help="Processor threads of the model; 0 leaves it to torch.",
         ),
+        click.option(
+            "--compile/--no-compile",
+            "compiled",
+            default=False,
+            show_default=True,
+            help="Compile the model's steps: faster ones for a minute or more at the first start.",
+        ),
         cache_option,
     )
 

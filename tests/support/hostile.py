@@ -342,7 +342,7 @@ def _oversize(view: View, draft: Draft) -> Draft:
 
 HOSTILE: dict[str, Hostile] = {
     "random ids": Hostile(random_ids, nodes=("off_path", "missed")),
-    "flood": Hostile(flood, nodes=("evicted",)),
+    "flood": Hostile(flood, nodes=("hopeless",)),
     "wrong digest": Hostile(
         altered(lambda view, draft: replace(draft, base_digest=draft.base_digest ^ 1)), ("digest",)
     ),

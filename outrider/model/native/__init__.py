@@ -1,9 +1,8 @@
 """Our C++ operators for CPUs: built at first use for the processor at hand, then kept.
 
 `ops.cpp` holds what a ragged step needs and torch has no operator for: attention over a paged KV
-pool with token trees, and products of few rows with bfloat16 weights on processors without
-instructions for them. Without a C++ compiler everything works all the same, in plain torch and
-slower.
+pool with token trees, and products of few rows. Without a C++ compiler everything works all the
+same, in plain torch and slower.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ def has_attention(device: torch.device, dtype: torch.dtype) -> bool:
 
 def has_linear(device: torch.device, dtype: torch.dtype) -> bool:
     """True if `torch.ops.outrider.packed_linear` is there and takes this precision."""
-    return device.type == "cpu" and dtype == torch.bfloat16 and available()
+    return has_attention(device, dtype)
 
 
 @functools.cache

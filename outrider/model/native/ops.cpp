@@ -339,51 +339,82 @@ Tensor attend(const Tensor& query_in, const Tensor& key_in, const Tensor& value_
   return out;
 }
 
-// --- products with bfloat16 weights ------------------------------------------------------------------
+// --- products of few rows ------------------------------------------------------------------------------
 
 constexpr int64_t kPanel = 16;  // outputs computed together
 constexpr int64_t kTile = 6;    // rows computed together: with kPanel they fill sixteen vector registers
 
-// [outputs, inputs] to int32 [panels, inputs, kLanes], zeros behind the last output. A word holds outputs `lane`
-// (low half) and `lane + kLanes` of a panel: a shift and a mask widen both, with no shuffling.
+// How a panel stores the weights of one input. Float32: kPanel floats. Bfloat16: kLanes words, each with outputs
+// `lane` (low half) and `lane + kLanes`: a shift and a mask widen both, with no shuffling.
+template <typename T>
+struct Panel;
+
+template <>
+struct Panel<float> {
+  using Word = float;
+  static constexpr int64_t kWords = kPanel;
+  static void put(Word* to, int64_t output, float weight) { to[output] = weight; }
+  static void widen(const Word* from, Floats& low, Floats& high) {
+    low = load(from);
+    high = load(from + kLanes);
+  }
+};
+
+template <>
+struct Panel<at::BFloat16> {
+  using Word = uint32_t;
+  static constexpr int64_t kWords = kLanes;
+  static void put(Word* to, int64_t output, at::BFloat16 weight) {
+    to[output % kLanes] |= static_cast<uint32_t>(weight.x) << (output / kLanes * 16);
+  }
+  static void widen(const Word* from, Floats& low, Floats& high) {
+    const Words words = *reinterpret_cast<const Words*>(from);
+    low = reinterpret_cast<Floats>(words << 16);
+    high = reinterpret_cast<Floats>(words & 0xffff0000u);
+  }
+};
+
+template <typename T>
+void pack_typed(const T* from, typename Panel<T>::Word* to, int64_t outputs, int64_t inputs) {
+  at::parallel_for(0, (outputs + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t output = begin * kPanel; output < std::min(outputs, end * kPanel); ++output)
+      for (int64_t input = 0; input < inputs; ++input)
+        Panel<T>::put(to + (output / kPanel * inputs + input) * Panel<T>::kWords, output % kPanel,
+                      from[output * inputs + input]);
+  });
+}
+
+// [outputs, inputs] float32 or bfloat16 to [panels, inputs, words]: float32, or int32 with two bfloat16 each.
+// Zeros stand behind the last output.
 Tensor pack_weight(const Tensor& weight_in) {
   const Tensor weight = weight_in.contiguous();
-  TORCH_CHECK(weight.dim() == 2 && weight.scalar_type() == at::kBFloat16, "pack_weight: bfloat16 [out, in] only");
+  TORCH_CHECK(weight.dim() == 2, "pack_weight: [out, in] only");
   const int64_t outputs = weight.size(0), inputs = weight.size(1), panels = (outputs + kPanel - 1) / kPanel;
-  Tensor packed = at::zeros({panels, inputs, kLanes}, weight.options().dtype(at::kInt));
-  const auto* from = reinterpret_cast<const uint16_t*>(weight.const_data_ptr());
-  auto* to = reinterpret_cast<uint32_t*>(packed.mutable_data_ptr());
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t output = begin * kPanel; output < std::min(outputs, end * kPanel); ++output) {
-      const int64_t within = output % kPanel, shift = within / kLanes * 16;
-      for (int64_t input = 0; input < inputs; ++input)
-        to[(output / kPanel * inputs + input) * kLanes + within % kLanes] |=
-            static_cast<uint32_t>(from[output * inputs + input]) << shift;
-    }
-  });
+  if (weight.scalar_type() == at::kFloat) {
+    Tensor packed = at::zeros({panels, inputs, Panel<float>::kWords}, weight.options());
+    pack_typed(weight.const_data_ptr<float>(), packed.mutable_data_ptr<float>(), outputs, inputs);
+    return packed;
+  }
+  TORCH_CHECK(weight.scalar_type() == at::kBFloat16, "pack_weight: float32 and bfloat16 only");
+  Tensor packed = at::zeros({panels, inputs, Panel<at::BFloat16>::kWords}, weight.options().dtype(at::kInt));
+  pack_typed(weight.const_data_ptr<at::BFloat16>(), reinterpret_cast<uint32_t*>(packed.mutable_data_ptr()), outputs,
+             inputs);
   return packed;
 }
 
-template <int64_t kRows>
-inline void panel_product(const float* x, const uint32_t* panel, int64_t inputs, Floats (&sums)[kRows][2]) {
-  for (int64_t row = 0; row < kRows; ++row) sums[row][0] = sums[row][1] = Floats{};
-  for (int64_t input = 0; input < inputs; ++input, panel += kLanes) {
-    const Words words = *reinterpret_cast<const Words*>(panel);
-    const Floats low = reinterpret_cast<Floats>(words << 16);
-    const Floats high = reinterpret_cast<Floats>(words & 0xffff0000u);
+template <typename T, int64_t kRows>
+void tile_product(const float* x, const typename Panel<T>::Word* panel, const float* bias, int64_t inputs,
+                  int64_t outputs, int64_t first, T* out) {
+  Floats sums[kRows][2] = {};
+  for (int64_t input = 0; input < inputs; ++input, panel += Panel<T>::kWords) {
+    Floats low, high;
+    Panel<T>::widen(panel, low, high);
     for (int64_t row = 0; row < kRows; ++row) {
       const Floats factor = splat(x[row * inputs + input]);
       sums[row][0] += factor * low;
       sums[row][1] += factor * high;
     }
   }
-}
-
-template <typename T, int64_t kRows>
-void tile_product(const float* x, const uint32_t* panel, const float* bias, int64_t inputs, int64_t outputs,
-                  int64_t first, T* out) {
-  Floats sums[kRows][2];
-  panel_product<kRows>(x, panel, inputs, sums);
   const int64_t count = std::min(kPanel, outputs - first);
   for (int64_t row = 0; row < kRows; ++row)
     for (int64_t output = 0; output < count; ++output) {
@@ -392,39 +423,48 @@ void tile_product(const float* x, const uint32_t* panel, const float* bias, int6
     }
 }
 
-// x [rows, inputs] bfloat16, packed as above, bias float32 [outputs]; returns bfloat16 [rows, outputs].
-Tensor packed_linear(const Tensor& x_in, const Tensor& packed, const std::optional<Tensor>& bias_in, int64_t outputs) {
-  const Tensor x = x_in.contiguous();
-  const int64_t rows = x.size(0), inputs = x.size(1), panels = packed.size(0);
-  TORCH_CHECK(packed.size(1) == inputs, "packed_linear: ", inputs, " inputs for a weight of ", packed.size(1));
-  std::vector<float> wide(rows * inputs);
-  const auto* narrow = x.const_data_ptr<at::BFloat16>();
-  for (int64_t i = 0; i < rows * inputs; ++i) wide[i] = static_cast<float>(narrow[i]);
-  Tensor out = at::empty({rows, outputs}, x.options());
-  const float* from = wide.data();
-  const float* bias = bias_in.has_value() ? bias_in->const_data_ptr<float>() : nullptr;
-  const auto* weights = reinterpret_cast<const uint32_t*>(packed.const_data_ptr());
-  auto* to = out.mutable_data_ptr<at::BFloat16>();
-  at::parallel_for(0, panels, 1, [&](int64_t begin, int64_t end) {
+template <typename T>
+void multiply(const float* x, const typename Panel<T>::Word* weights, const float* bias, T* out, int64_t rows,
+              int64_t inputs, int64_t outputs) {
+  at::parallel_for(0, (outputs + kPanel - 1) / kPanel, 1, [&](int64_t begin, int64_t end) {
     for (int64_t panel = begin; panel < end; ++panel) {
-      const auto* weight = weights + panel * inputs * kLanes;
+      const auto* weight = weights + panel * inputs * Panel<T>::kWords;
       for (int64_t row = 0; row < rows;) {
-        const float* at_row = from + row * inputs;
-        auto* out_row = to + row * outputs;
-        const int64_t left = rows - row;
         const auto tile = [&](auto size) {
-          tile_product<at::BFloat16, decltype(size)::value>(at_row, weight, bias, inputs, outputs, panel * kPanel,
-                                                            out_row);
-          row += decltype(size)::value;
+          constexpr int64_t kRows = decltype(size)::value;
+          tile_product<T, kRows>(x + row * inputs, weight, bias, inputs, outputs, panel * kPanel, out + row * outputs);
+          row += kRows;
         };
-        if (left >= kTile) tile(std::integral_constant<int64_t, kTile>{});
-        else if (left >= 4) tile(std::integral_constant<int64_t, 4>{});
-        else if (left == 3) tile(std::integral_constant<int64_t, 3>{});
-        else if (left == 2) tile(std::integral_constant<int64_t, 2>{});
-        else tile(std::integral_constant<int64_t, 1>{});
+        switch (std::min(kTile, rows - row)) {
+          case 6: tile(std::integral_constant<int64_t, 6>{}); break;
+          case 5: tile(std::integral_constant<int64_t, 5>{}); break;
+          case 4: tile(std::integral_constant<int64_t, 4>{}); break;
+          case 3: tile(std::integral_constant<int64_t, 3>{}); break;
+          case 2: tile(std::integral_constant<int64_t, 2>{}); break;
+          default: tile(std::integral_constant<int64_t, 1>{});
+        }
       }
     }
   });
+}
+
+// x [rows, inputs] float32 or bfloat16, weight packed as above from the same, bias float32 [outputs]; returns
+// [rows, outputs] like x.
+Tensor packed_linear(const Tensor& x_in, const Tensor& packed, const std::optional<Tensor>& bias_in, int64_t outputs) {
+  const Tensor x = x_in.contiguous();
+  const int64_t rows = x.size(0), inputs = x.size(1);
+  TORCH_CHECK(packed.size(1) == inputs, "packed_linear: ", inputs, " inputs for a weight of ", packed.size(1));
+  const float* bias = bias_in.has_value() ? bias_in->const_data_ptr<float>() : nullptr;
+  Tensor out = at::empty({rows, outputs}, x.options());
+  if (x.scalar_type() == at::kFloat) {
+    multiply<float>(x.const_data_ptr<float>(), packed.const_data_ptr<float>(), bias, out.mutable_data_ptr<float>(),
+                    rows, inputs, outputs);
+    return out;
+  }
+  const auto* narrow = x.const_data_ptr<at::BFloat16>();
+  std::vector<float> wide(narrow, narrow + rows * inputs);
+  multiply<at::BFloat16>(wide.data(), reinterpret_cast<const uint32_t*>(packed.const_data_ptr()), bias,
+                         out.mutable_data_ptr<at::BFloat16>(), rows, inputs, outputs);
   return out;
 }
 
