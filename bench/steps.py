@@ -9,6 +9,7 @@ from dataclasses import dataclass
 
 from bench.floor import Floor
 from outrider.domain import SamplingParams
+from outrider.model.kv_cache import SessionCache
 from outrider.model.language_model import LanguageModel, Row
 from outrider.model.sampling import sample_nodes
 
@@ -71,23 +72,27 @@ class StepResult:
 
 
 class _Bench:
-    """One case with its caches filled."""
+    """One case over filled caches."""
 
     def __init__(
-        self, case: StepCase, model: LanguageModel, floor: Floor, texts: Sequence[Sequence[int]]
+        self,
+        case: StepCase,
+        model: LanguageModel,
+        floor: Floor,
+        texts: Sequence[Sequence[int]],
+        caches: Sequence[SessionCache],
     ) -> None:
         self.case = case
         self._model = model
         self._floor = floor
         self._inputs = floor.inputs(case.tokens)
-        self._rows = []
         # The nodes carry the text's own tokens, so that their logits are as peaked as in use.
         count = len(TREE_PARENTS) if case.tree else 1
-        for text in texts[: case.rows]:
-            cache = model.new_cache()
-            model.forward([Row(cache, text[:CONTEXT], None, [CONTEXT - 1])])
-            tokens = text[CONTEXT : CONTEXT + count]
-            self._rows.append(Row(cache, tokens, TREE_PARENTS if case.tree else None, range(count)))
+        parents = TREE_PARENTS if case.tree else None
+        self._rows = [
+            Row(cache, text[CONTEXT : CONTEXT + count], parents, range(count))
+            for cache, text in zip(caches[: case.rows], texts, strict=False)
+        ]
         self._positions = [
             CONTEXT + 1 + depth
             for _ in range(case.rows)
@@ -124,9 +129,7 @@ class _Bench:
         self.floor_s.append(time.perf_counter() - started)
 
     def result(self) -> StepResult:
-        """Sum the rounds up and free the caches."""
-        for row in self._rows:
-            row.cache.release()
+        """Sum the rounds up."""
         return StepResult(
             name=self.case.name,
             tokens=self.case.tokens,
@@ -157,8 +160,14 @@ def measure_steps(
     """Measure all cases, `rounds` times in turn. Call it on the model's thread.
 
     `texts` are 16 texts of at least `CONTEXT` + 8 tokens. Large cases run every fourth round.
+    `advance` is called after each text and each round.
     """
-    benches = [_Bench(case, model, floor, texts) for case in CASES]
+    # Each case leaves the caches as it found them, so that all can share them.
+    caches = [model.new_cache() for _ in texts]
+    for cache, text in zip(caches, texts, strict=True):
+        model.forward([Row(cache, text[:CONTEXT], None, [CONTEXT - 1])])
+        advance()
+    benches = [_Bench(case, model, floor, texts, caches) for case in CASES]
     for bench in benches:
         bench.round(False)
         bench.round(True)
@@ -169,4 +178,6 @@ def measure_steps(
             if bench.case.tokens <= len(TREE_PARENTS) or number % 4 == 0:
                 bench.round(step_first=number // 4 % 2 == 1)
         advance()
+    for cache in caches:
+        cache.release()
     return [bench.result() for bench in benches]

@@ -60,7 +60,7 @@ _SETTLE_S = 0.5
 @click.option("--threads", type=click.IntRange(1, 256), default=2, show_default=True)
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Some of them.")
 @click.option("--repeats", type=click.IntRange(1, 20), default=3, show_default=True)
-@click.option("--rounds", type=click.IntRange(4, 1_000), default=60, show_default=True)
+@click.option("--rounds", type=click.IntRange(4, 1_000), default=40, show_default=True)
 @click.option("--tokens", type=click.IntRange(24, 512), default=96, show_default=True)
 @click.option("--window", "window_s", type=click.FloatRange(0.5, 60), default=4.0)
 @click.option("--quick", is_flag=True, help="One repeat of everything, to see that it runs.")
@@ -116,7 +116,7 @@ class _Bench:
         """Steps against raw matrix products; before there is an engine on the thread."""
         options = self._options
         folder = resolve_model(options["model"], options["cache_dir"]).folder
-        task = self._progress.add_task("steps", total=options["rounds"])
+        task = self._progress.add_task("steps", total=options["rounds"] + _STEP_TEXTS)
         floor = self._thread.run(Floor, folder, options["dtype"])
         texts = [self._texts.take(index, 320) for index in range(_STEP_TEXTS)]
         self.results.steps = self._thread.run(
@@ -287,7 +287,7 @@ def _report(console: Console, results: Results, options: dict[str, Any]) -> None
     path.write_text(json.dumps(record, indent=2) + "\n")
     text = markdown(results)
     path.with_suffix(".md").write_text(text)
-    console.print(text, highlight=False, markup=False)
+    console.print(text, highlight=False, markup=False, soft_wrap=True)
     plain = Console(width=1_000, highlight=False)
     for line in result_lines(results):
         plain.print(line)
