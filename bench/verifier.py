@@ -57,6 +57,9 @@ _SETTLE_S = 0.5
 @click.command()
 @click.option("--model", default="smollm2", show_default=True, help="A model with a folder.")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="bfloat16", show_default=True)
+@click.option(
+    "--peer-dtype", type=click.Choice(get_args(Dtype)), help="Of the peers.  [default: as --dtype]"
+)
 @click.option("--threads", type=click.IntRange(1, 256), default=2, show_default=True)
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Some of them.")
 @click.option("--repeats", type=click.IntRange(1, 20), default=3, show_default=True)
@@ -219,11 +222,12 @@ class _Bench:
     def _start_peers(self) -> list[Peer]:
         """Start the peers one after the other; those that do not start are reported."""
         options = self._options
+        dtype = options["peer_dtype"] or options["dtype"]
         folder = str(resolve_model(options["model"], options["cache_dir"]).folder)
         threads = str(options["threads"])
         offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": threads}
         command = [sys.executable, "-m", "bench.peers.transformers_worker"]
-        wanted = {"hf": ([*command, folder, options["dtype"], threads], offline)}
+        wanted = {"hf": ([*command, folder, dtype, threads], offline)}
         python: Path = options["vllm_python"]
         if python.is_file():
             length_max = str(2 * (PROMPT_TOKENS + options["tokens"]))
@@ -236,7 +240,7 @@ class _Bench:
                 "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
                 "VLLM_NO_USAGE_STATS": "1",
             }
-            wanted["vllm"] = ([*command, folder, options["dtype"], length_max], offline | vllm)
+            wanted["vllm"] = ([*command, folder, dtype, length_max], offline | vllm)
         else:
             self._unavailable("vllm", f"not installed (make peers): there is no {python}")
         task = self._progress.add_task("starting peers", total=len(wanted))
