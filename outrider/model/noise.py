@@ -116,10 +116,8 @@ def _paired(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np
 
 def words_numpy(seed: int, position: int, tokens: NDArray[np.int64]) -> NDArray[np.uint32]:
     """Noise words of `tokens` (any shape) at one position of one session (seed: uint64)."""
-    seeds, positions = np.array([seed_bits(seed)]), np.array([position])
-    lanes = np.stack(_lanes_numpy(seeds, positions, tokens >> 2), axis=-1)
-    chosen = np.take_along_axis(lanes, (tokens & 3)[..., None], axis=-1)[..., 0]
-    return chosen.astype(np.uint32)
+    words = _words_numpy(np.array([seed_bits(seed)]), np.array([position]), tokens)
+    return words.astype(np.uint32)
 
 
 def words_dense_numpy(bits: int, position: int, vocabulary_size: int) -> NDArray[np.uint32]:
@@ -153,8 +151,7 @@ def gumbel_each_numpy(
     bits: NDArray[np.int64], positions: NDArray[np.int64], tokens: NDArray[np.int64]
 ) -> NDArray[np.float64]:
     """Gumbel noise [M] of tokens [M], each in a session (seed as int64) and at a position [M]."""
-    lanes = np.stack(_lanes_numpy(bits, positions, tokens >> 2))
-    return gumbel_of_words_numpy(lanes[tokens & 3, np.arange(len(tokens))])
+    return gumbel_of_words_numpy(_words_numpy(bits, positions, tokens))
 
 
 def gumbel_of_words_numpy(words: NDArray[Any]) -> NDArray[np.float64]:
@@ -169,6 +166,16 @@ def least_word(gumbel: float) -> int:
     # One bucket of slack is far more than the logarithms can be wrong by.
     bucket = math.floor((1.0 - misses) * 2.0**UNIFORM_BITS - 0.5) - 1
     return max(0, bucket) << _SHIFT
+
+
+def _words_numpy(
+    bits: NDArray[np.int64], positions: NDArray[np.int64], tokens: NDArray[np.int64]
+) -> NDArray[np.uint64]:
+    """Return the word of each (seed as int64, position, token), of the broadcast shape."""
+    lanes = np.stack(_lanes_numpy(bits, positions, tokens >> 2))
+    choice = np.broadcast_to(tokens & 3, lanes.shape[1:]).reshape(-1)
+    words = lanes.reshape(LANES, -1)[choice, np.arange(len(choice))]
+    return np.asarray(words.reshape(lanes.shape[1:]))
 
 
 def _lanes_numpy(
@@ -205,8 +212,10 @@ def philox_torch(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tenso
 
 def words_torch(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Noise words in [0, 2^32) as int64, one per (seed, position, token), all int64."""
-    lanes = _lanes_torch(seeds, positions, tokens >> 2)
-    words = torch.stack(lanes, dim=-1)
+    if on_cpu(seeds):
+        found = _words_numpy(_array(seeds), _array(positions), _array(tokens))
+        return torch.from_numpy(found.view(np.int64))
+    words = torch.stack(_lanes_torch(seeds, positions, tokens >> 2), dim=-1)
     choice = (tokens & 3).expand(words.shape[:-1])
     return words.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
 
@@ -241,9 +250,6 @@ def gumbel_dense_torch(seeds: Tensor, positions: Tensor, vocabulary_size: int) -
 
 def _lanes_torch(seeds: Tensor, positions: Tensor, blocks: Tensor) -> list[Tensor]:
     """Return the four output words of each counter, int64, of the broadcast shape."""
-    if on_cpu(seeds):
-        lanes = _lanes_numpy(*(_array(tensor) for tensor in (seeds, positions, blocks)))
-        return [torch.from_numpy(lane.view(np.int64)) for lane in lanes]
     domain, zero = (torch.full_like(seeds, word) for word in (DOMAIN, 0))
     key = (seeds & _MASK, (seeds >> 32) & _MASK)
     return philox_torch((blocks, positions, domain, zero), key)

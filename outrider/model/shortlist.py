@@ -36,6 +36,7 @@ from outrider.model.noise import (
     LANES,
     UNIFORM_BITS,
     gumbel_each_numpy,
+    gumbel_of_words_numpy,
     least_word,
     words_blocks_numpy,
 )
@@ -87,7 +88,7 @@ class Shortlist:
 
 @dataclass(frozen=True, slots=True)
 class _Row:
-    """A row of logits; `maxima` [W] are those of the columns, token i lying in column i mod W."""
+    """A row of logits; `maxima` are those of disjoint sets of its tokens, so tokens themselves."""
 
     logits: Floats
     maxima: Floats
@@ -96,21 +97,7 @@ class _Row:
 
     def from_cut(self, cut: float) -> Shortlist:
         """Return all tokens whose logit reaches the cut."""
-        least = np.float32(max(cut, LOGIT_MIN))
-        width = len(self.maxima)
-        columns = np.flatnonzero(self.maxima >= least)
-        if len(columns) > width // 4:
-            ids = np.flatnonzero(self.logits >= least)
-            return Shortlist(ids, self.scaled(ids))
-        full = len(self.logits) // width
-        values = self.logits[: full * width].reshape(full, width)[:, columns]
-        found = np.flatnonzero(values >= least)
-        folds, places = np.divmod(found, max(1, len(columns)))
-        ids = folds * width + columns[places]
-        rest = full * width + columns
-        rest = rest[rest < len(self.logits)]
-        if len(rest):
-            ids = np.concatenate([ids, rest[self.logits[rest] >= least]])
+        ids = np.flatnonzero(self.logits >= np.float32(max(cut, LOGIT_MIN)))
         return Shortlist(ids, self.scaled(ids))
 
     def scaled(self, ids: Ids) -> Floats:
@@ -215,18 +202,11 @@ def _masses(
 
 
 def _head(row: _Row, param: SamplingParams, count: int, mass: float | None) -> _Head:
-    width = len(row.maxima)
     top_k = param.top_k if param.top_k < len(row.logits) else 0
     floor = float(np.float32(math.log(param.min_p))) if param.min_p else LOGIT_MIN
-    if top_k > width:
-        rank = len(row.logits) - top_k
-        ordered, cut = row.maxima, float(np.partition(row.logits, rank)[rank])
-    else:
-        # Each maximum is a token of its own, so this many tokens reach the `wanted`-th of them.
-        wanted = min(max(_HEAD, top_k), width)
-        ordered = np.partition(row.maxima, (width - wanted, width - min(count, width)))
-        cut = float(ordered[width - wanted])
-    cut = row.below(cut)
+    some = row.logits if top_k > len(row.maxima) else row.maxima
+    some = _best_of(some, max(_HEAD, top_k, count))
+    cut = row.below(float(some.min()))
     if top_k:
         tokens = row.from_cut(cut)
         return _kept(row, tokens, cut, max(floor, _top_k_floor(tokens, top_k, param.top_p)))
@@ -234,13 +214,19 @@ def _head(row: _Row, param: SamplingParams, count: int, mass: float | None) -> _
         tokens, least = _nucleus(row, row.from_cut(cut), param.top_p, mass)
         return _kept(row, tokens, cut, max(floor, least))
     # No noise lifts a token over `count` others that lead by more than the range of the noise.
-    if count <= width:
-        lead = (ordered[width - count] - row.best) / row.divisor
+    if count <= len(some):
+        lead = (_best_of(some, count).min() - row.best) / row.divisor
         floor = max(floor, float(lead) + HOPELESS)
     needed = row.cut_of(floor)
     if needed >= cut:
         return _kept(row, row.from_cut(needed), needed, floor)
     return _kept(row, row.from_cut(cut), cut, floor, closed=False)
+
+
+def _best_of(values: Floats, count: int) -> Floats:
+    """Return the `count` largest values, or all there are, in no order."""
+    start = max(0, len(values) - count)
+    return np.partition(values, start)[start:]
 
 
 def _kept(row: _Row, tokens: Shortlist, cut: float, floor: float, closed: bool = True) -> _Head:
@@ -253,8 +239,7 @@ def _top_k_floor(tokens: Shortlist, top_k: int, top_p: float) -> float:
     """Return the least of the `top_k` best scaled logits that top-p keeps."""
     scaled = tokens.scaled
     if len(scaled) > top_k:  # otherwise the others are all -inf
-        rank = len(scaled) - top_k
-        scaled = scaled[scaled >= np.partition(scaled, rank)[rank]]
+        scaled = scaled[scaled >= _best_of(scaled, top_k).min()]
     if top_p < 1.0:
         ordered, before = _descending(scaled)
         return float(ordered[_nucleus_size(before, top_p * _mass(scaled)) - 1])
@@ -265,7 +250,7 @@ def _nucleus(row: _Row, tokens: Shortlist, top_p: float, mass: float) -> tuple[S
     """Return tokens that hold the whole nucleus, and its least scaled logit."""
     ordered, before = _descending(tokens.scaled)
     most = _nucleus_size(before, top_p * mass * (1.0 + _MASS_ERROR))
-    if ordered[most - 1] == ordered[-1]:  # it may go on below
+    if ordered[most - 1] == ordered[-1] and len(ordered) < len(row.logits):  # it may go on below
         # Everything below this weighs, all together, less than the share that top-p drops: so the
         # nucleus ends above, and only what lies above has to be sorted.
         share = (1.0 - top_p) * (1.0 - _MASS_ERROR) * mass / len(row.logits)
@@ -280,8 +265,8 @@ def _nucleus(row: _Row, tokens: Shortlist, top_p: float, mass: float) -> tuple[S
 
 def _descending(scaled: Floats) -> tuple[Floats, Scores]:
     """Return the logits in descending order, and what weighs before each."""
-    ordered = np.sort(scaled)[::-1]
-    weights = np.exp(ordered.astype(np.float64))
+    ordered = np.sort(scaled)[::-1].copy()  # torch takes no negative strides
+    weights = torch.from_numpy(ordered).double().exp_().numpy()
     return ordered, np.cumsum(weights) - weights
 
 
@@ -325,13 +310,13 @@ def _narrowed(
         if not head.closed:
             if siblings[place] >= _SIBLINGS_MIN and place not in lanes:
                 lanes[place] = words_blocks_numpy(*place, _all_blocks(len(head.row.logits)))
-            tail = _tail(head, bound, place, lanes.get(place))
+            tail, tail_scores = _tail(head, bound, place, lanes.get(place))
             if len(tail.ids):
-                tokens = Shortlist(
-                    np.concatenate([tokens.ids, tail.ids]),
-                    np.concatenate([tokens.scaled, tail.scaled]),
+                both = Shortlist(
+                    np.concatenate([lists[index].ids, tail.ids]),
+                    np.concatenate([lists[index].scaled, tail.scaled]),
                 )
-                tokens, _ = _best(tokens, _scores([tokens], [place])[0], count)
+                tokens, _ = _best(both, np.concatenate([head_scores, tail_scores]), count)
         lists[index] = tokens
     return lists
 
@@ -362,8 +347,8 @@ def _all_blocks(size: int) -> Ids:
 
 def _tail(
     head: _Head, bound: float, place: Place, lanes: list[NDArray[np.uint64]] | None
-) -> Shortlist:
-    """Return the tokens below an open head whose scores may reach the bound.
+) -> tuple[Shortlist, Scores]:
+    """Return the tokens below an open head whose scores may reach the bound, and the scores.
 
     `lanes` are the words of the whole vocabulary, if they are known.
     """
@@ -371,26 +356,29 @@ def _tail(
     top = np.float32(max(head.cut, LOGIT_MIN))
     cut = row.cut_of(max(head.floor, bound - GUMBEL_MAX - _ROUNDING))
     least = np.float32(max(cut, LOGIT_MIN))
-    blocks = _all_blocks(size)
     if lanes is None:
-        reaching = np.zeros(len(blocks) * LANES, dtype=np.bool_)
+        reaching = np.empty(-(-size // LANES) * LANES, dtype=np.bool_)
+        reaching[size:] = False
         np.greater_equal(row.logits, least, out=reaching[:size])
-        chosen = reaching.view(np.uint32) != 0
-        if np.count_nonzero(chosen) < _BLOCKS_SHARE * len(blocks):
-            blocks = np.flatnonzero(chosen)
+        blocks = np.flatnonzero(reaching.view(np.uint32) != 0)
+        if len(blocks) > _BLOCKS_SHARE * size / LANES:
+            blocks = _all_blocks(size)
         lanes = words_blocks_numpy(*place, blocks)
+    else:
+        blocks = _all_blocks(size)
     # The noise that a token needs even if its logit is as high as one below the head can be.
     needed = bound - float((top - row.best) / row.divisor)
     word = np.uint64(least_word(needed - _ROUNDING))
-    ids = np.concatenate(
-        [blocks[np.flatnonzero(lane >= word)] * LANES + i for i, lane in enumerate(lanes)]
-    )
-    ids = ids[ids < size]
-    values = row.logits[ids]
-    ids = ids[(values >= least) & (values < top)]
-    scaled = row.scaled(ids)
-    kept = scaled >= np.float32(head.floor)
-    return Shortlist(ids[kept], scaled[kept])
+    hits = [np.flatnonzero(lane >= word) for lane in lanes]
+    words = np.concatenate([lane[hit] for lane, hit in zip(lanes, hits, strict=True)])
+    ids = np.concatenate([blocks[hit] * LANES + lane for lane, hit in enumerate(hits)])
+    values = row.logits[np.minimum(ids, size - 1)]
+    kept = (ids < size) & (values >= least) & (values < top)
+    ids, words = ids[kept], words[kept]
+    tokens = Shortlist(ids, row.scaled(ids))
+    kept = tokens.scaled >= np.float32(head.floor)
+    tokens = Shortlist(ids[kept], tokens.scaled[kept])
+    return tokens, tokens.scaled + gumbel_of_words_numpy(words[kept])
 
 
 def _contenders(head: _Head, words: NDArray[np.uint32], count: int) -> Shortlist:
@@ -406,7 +394,7 @@ def _contenders(head: _Head, words: NDArray[np.uint32], count: int) -> Shortlist
     if not head.closed:
         everything = head.row.from_cut(head.row.cut_of(head.floor))
         tokens = _kept(head.row, everything, head.cut, head.floor).tokens
-    lead = np.partition(tokens.scaled, len(tokens.ids) - count)[len(tokens.ids) - count]
+    lead = _best_of(tokens.scaled, count).min()
     weights = np.exp(tokens.scaled - lead)
     buckets = words[tokens.ids] >> np.uint32(32 - UNIFORM_BITS)
     misses = (_BUCKETS - buckets).astype(np.float32) - np.float32(0.5)  # (1 - u) * _BUCKETS
