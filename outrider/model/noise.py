@@ -46,6 +46,7 @@ _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
 _MULTIPLIER = np.array(_MULTIPLIERS, dtype=np.uint64)
 _INCREMENT = np.array(_WEYL, dtype=np.uint64)
+_INCREMENTS = np.arange(_ROUNDS - _ROUNDS_NARROW, dtype=np.uint64)[:, None] * _INCREMENT
 _SHIFT = 32 - UNIFORM_BITS
 _STEP = 2.0**-UNIFORM_BITS
 _HALF = np.uint64(32)
@@ -93,16 +94,16 @@ def philox_numpy(
     even, odd, keys = _paired(c0, c2), _paired(c1, c3), _paired(key0, key1)
     keys = keys.reshape(2, *(1,) * (even.ndim - keys.ndim), *keys.shape[1:])
     column = (2, *(1,) * (even.ndim - 1))
-    multiplier, increment = _MULTIPLIER.reshape(column), _INCREMENT.reshape(column)
+    multiplier = _MULTIPLIER.reshape(column)
+    increments = _INCREMENTS.reshape(-1, *column)
     products = np.empty_like(even)
-    for _ in range(_ROUNDS_NARROW, _ROUNDS):
+    for key in (keys + increments) & _LOW:
         np.multiply(even, multiplier, out=products)
         np.right_shift(products[::-1], _HALF, out=even)
         even ^= odd  # only the lower half of `odd` counts
-        even ^= keys
+        even ^= key
         even &= _LOW
         odd, products = products[::-1], odd
-        keys = (keys + increment) & _LOW
     odd &= _LOW
     return [even[0], odd[0], even[1], odd[1]]
 

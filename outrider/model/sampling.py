@@ -11,9 +11,8 @@ order that differs between devices).
 - Scores are float64: scaled logit + G. Equal scores: the lowest id wins.
 - Masses for top-p are float64; a token is kept while the mass before it is below top_p.
 - A token further than GUMBEL_MAX - GUMBEL_MIN (20.2) below the best is skipped: no noise could make
-  it win. On a CPU this, with the filters, often leaves few tokens to hash, and where it does not,
-  an exact test of the hashed words leaves few logarithms (`_contenders`). On a GPU everything is
-  computed, since counting the survivors would mean waiting for the device.
+  it win. A CPU carries this thought further and scores but a few tokens of each row (`shortlist`).
+  On a GPU everything is computed (`filters`), since counting survivors would mean waiting for it.
 
 Logits that are no numbers must not spoil other rows: NaN counts as -inf, +inf as the largest float,
 and a row without any finite logit as flat.
@@ -36,6 +35,7 @@ from outrider.model.filters import (
     repaired,
     scale,
 )
+from outrider.model.heads import HOPELESS, Shortlist
 from outrider.model.noise import (
     gumbel_dense_torch,
     gumbel_torch,
@@ -43,7 +43,7 @@ from outrider.model.noise import (
     seed_bits,
     words_dense_numpy,
 )
-from outrider.model.shortlist import HOPELESS, Shortlist, shortlists
+from outrider.model.shortlist import shortlists
 
 ACCEPT_LOGPROB_FLOOR = -100.0
 """`rank_candidates` gives this estimate to entries that are no candidates: drop what is not above
@@ -235,19 +235,17 @@ def _perturbed(
         yield rows, scores, ids.expand(len(rows), -1)
 
 
-def _scored(
-    lists: Sequence[Shortlist], sessions: Tensor, steps: Tensor
-) -> tuple[Tensor, Tensor]:
+def _scored(lists: Sequence[Shortlist], sessions: Tensor, steps: Tensor) -> tuple[Tensor, Tensor]:
     """Return the scores [N, M] of shortlists, -inf where they are shorter than M, and their ids."""
     width = max(len(tokens.ids) for tokens in lists)
     ids = np.zeros((len(lists), width), dtype=np.int64)
-    scaled = np.full((len(lists), width), -np.inf, dtype=np.float32)
+    scores = np.full((len(lists), width), -np.inf)
     for row, tokens in enumerate(lists):
         ids[row, : len(tokens.ids)] = tokens.ids
-        scaled[row, : len(tokens.ids)] = tokens.scaled
+        scores[row, : len(tokens.ids)] = tokens.scaled
     columns = torch.from_numpy(ids)
     noise = gumbel_torch(sessions[:, None], steps[:, None], columns)
-    return noise.add_(torch.from_numpy(scaled)), columns
+    return noise.add_(torch.from_numpy(scores)), columns
 
 
 def _best(scores: Tensor, count: int) -> tuple[Tensor, Tensor]:
