@@ -207,8 +207,10 @@ def _nucleus_head(row: Row, cut: float, floor: float, top_p: float, mass: float)
     """Return the head whose floor is that of top-p or the given one, whichever is higher."""
     tokens = row.from_cut(cut)
     if not row.is_flat(tokens):
-        least = _nucleus_floor(row, tokens, top_p, mass)
-        if least is not None:
+        ordered, before = _descending(tokens.scaled)
+        most = _nucleus_size(before, top_p * mass * (1.0 + _MASS_ERROR))
+        if ordered[most - 1] > ordered[-1]:  # so it does not go on below
+            least = _nucleus_floor(row, ordered, before, top_p, mass)
             return kept_head(row, tokens, cut, max(floor, least))
     # Everything below this weighs, all together, less than the share that top-p drops: so the
     # nucleus ends above.
@@ -217,20 +219,20 @@ def _nucleus_head(row: Row, cut: float, floor: float, top_p: float, mass: float)
     wide = row.from_cut(row.cut_of(lowest))
     if row.is_flat(wide):
         floor = max(floor, _wide_nucleus_floor(row, top_p, lowest))
-        return kept_head(row, tokens, cut, floor, closed=floor > row.most_below(cut))
-    least = _nucleus_floor(row, wide, top_p, mass)
-    return kept_head(row, wide, cut, max(floor, lowest if least is None else least))
+        nucleus = row.from_cut(row.cut_of(floor))
+        if row.is_flat(nucleus):  # then better by way of its head
+            return kept_head(row, tokens, cut, floor, closed=floor > row.most_below(cut))
+        return kept_head(row, nucleus, cut, floor)
+    least = _nucleus_floor(row, *_descending(wide.scaled), top_p, mass)
+    return kept_head(row, wide, cut, max(floor, least))
 
 
-def _nucleus_floor(row: Row, tokens: Shortlist, top_p: float, mass: float) -> float | None:
-    """Return the nucleus's least scaled logit, or None if that may not be above the tokens'."""
-    ordered, before = _descending(tokens.scaled)
-    most = _nucleus_size(before, top_p * mass * (1.0 + _MASS_ERROR))
-    if ordered[most - 1] == ordered[-1]:  # it may go on below
-        return None
-    if _nucleus_size(before, top_p * mass * (1.0 - _MASS_ERROR)) != most:
-        most = _nucleus_size(before, top_p * _mass(row.scale(row.logits)))
-    return float(ordered[most - 1])
+def _nucleus_floor(row: Row, ordered: Floats, before: Scores, top_p: float, mass: float) -> float:
+    """Return the nucleus's least scaled logit; descending ones that hold it, what weighs before."""
+    size = _nucleus_size(before, top_p * mass * (1.0 + _MASS_ERROR))
+    if _nucleus_size(before, top_p * mass * (1.0 - _MASS_ERROR)) != size:
+        size = _nucleus_size(before, top_p * _mass(row.scale(row.logits)))
+    return float(ordered[size - 1])
 
 
 def _wide_nucleus_floor(row: Row, top_p: float, lowest: float) -> float:
@@ -245,7 +247,10 @@ def _wide_nucleus_floor(row: Row, top_p: float, lowest: float) -> float:
     sums = np.cumsum(masses)
     share = top_p * float(sums[-1])
     last = min(int(np.count_nonzero(sums < share)), _BINS)
-    ordered, before = _descending(scaled[np.flatnonzero(bins == last)])
+    ending = scaled[np.flatnonzero(bins == last)]
+    if ending.min() == ending.max():
+        return float(ending[0])
+    ordered, before = _descending(ending)
     return float(ordered[_nucleus_size(before + (sums[last] - masses[last]), share) - 1])
 
 

@@ -33,6 +33,8 @@ PARAMS = [
     SamplingParams(temperature=0.8, top_p=0.95),
     SamplingParams(temperature=3.0, top_p=0.9),
     SamplingParams(top_p=0.9999),
+    SamplingParams(temperature=0.2, top_p=1 - 1e-6),
+    SamplingParams(temperature=0.1, top_p=1 - 1e-9),
     SamplingParams(top_k=50),
     SamplingParams(top_k=3000),
     SamplingParams(top_k=700, top_p=0.5, min_p=0.001),
@@ -118,6 +120,16 @@ def test_the_nucleus_ends_where_float64_says(size, off):
     kept = target_logprobs(logits, [param])[0] > -math.inf
     assert int(kept.sum()) == size + (off > 0)
     assert bool(kept[last])
+    lists = shortlists(logits, [param], [(1, 1)], int(kept.sum()), words_dense_numpy)
+    assert set(lists[0].ids.tolist()) == set(kept.nonzero().squeeze(-1).tolist())
+
+
+@pytest.mark.parametrize("dropped", [1e-4, 1e-6, 1e-9])
+@pytest.mark.parametrize("spread", [2.0, 8.0, 30.0])
+def test_a_nucleus_may_be_nearly_everything(dropped, spread):
+    logits = torch.from_numpy(np.random.default_rng(5).standard_normal((1, 8192))).float() * spread
+    param = SamplingParams(top_p=1.0 - dropped)
+    kept = target_logprobs(logits, [param])[0] > -math.inf
     lists = shortlists(logits, [param], [(1, 1)], int(kept.sum()), words_dense_numpy)
     assert set(lists[0].ids.tolist()) == set(kept.nonzero().squeeze(-1).tolist())
 
