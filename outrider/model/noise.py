@@ -22,6 +22,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 import torch
@@ -40,8 +41,12 @@ LANES = 4
 
 _ROUNDS = 10
 _MASK = 0xFFFFFFFF
+_ROUNDS_NARROW = 2
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _WEYL = (0x9E3779B9, 0xBB67AE85)
+_MULTIPLIER = np.array(_MULTIPLIERS, dtype=np.uint64)
+_INCREMENT = np.array(_WEYL, dtype=np.uint64)
+_INCREMENTS = np.arange(_ROUNDS - _ROUNDS_NARROW, dtype=np.uint64)[:, None] * _INCREMENT
 _SHIFT = 32 - UNIFORM_BITS
 _STEP = 2.0**-UNIFORM_BITS
 _HALF = np.uint64(32)
@@ -75,24 +80,45 @@ def philox_numpy(
     """Hash four counter words under two key words: uint64 below 2^32, broadcast together."""
     c0, c1, c2, c3 = counter
     key0, key1 = key
-    for _ in range(_ROUNDS):
-        product0 = c0 * np.uint64(_MULTIPLIERS[0])
-        product1 = c2 * np.uint64(_MULTIPLIERS[1])
+    # A word that is the same for all stays a single one for as long as it can.
+    for _ in range(_ROUNDS_NARROW):
+        product0 = c0 * _MULTIPLIER[0]
+        product1 = c2 * _MULTIPLIER[1]
         c0 = (product1 >> _HALF) ^ (c1 ^ key0)
         c2 = (product0 >> _HALF) ^ (c3 ^ key1)
         c1 = product1 & _LOW
         c3 = product0 & _LOW
-        key0 = (key0 + np.uint64(_WEYL[0])) & _LOW
-        key1 = (key1 + np.uint64(_WEYL[1])) & _LOW
-    return [c0, c1, c2, c3]
+        key0 = (key0 + _INCREMENT[0]) & _LOW
+        key1 = (key1 + _INCREMENT[1]) & _LOW
+    # Then in place, and both halves at once: allocations and calls take as long as the hashing.
+    even, odd, keys = _paired(c0, c2), _paired(c1, c3), _paired(key0, key1)
+    keys = keys.reshape(2, *(1,) * (even.ndim - keys.ndim), *keys.shape[1:])
+    column = (2, *(1,) * (even.ndim - 1))
+    multiplier = _MULTIPLIER.reshape(column)
+    increments = _INCREMENTS.reshape(-1, *column)
+    products = np.empty_like(even)
+    for key in (keys + increments) & _LOW:
+        np.multiply(even, multiplier, out=products)
+        np.right_shift(products[::-1], _HALF, out=even)
+        even ^= odd  # only the lower half of `odd` counts
+        even ^= key
+        even &= _LOW
+        odd, products = products[::-1], odd
+    odd &= _LOW
+    return [even[0], odd[0], even[1], odd[1]]
+
+
+def _paired(first: NDArray[np.uint64], second: NDArray[np.uint64]) -> NDArray[np.uint64]:
+    """Return a fresh array [2, ...] of both, broadcast against each other."""
+    pair = np.empty((2, *np.broadcast_shapes(first.shape, second.shape)), dtype=np.uint64)
+    pair[0], pair[1] = first, second
+    return pair
 
 
 def words_numpy(seed: int, position: int, tokens: NDArray[np.int64]) -> NDArray[np.uint32]:
     """Noise words of `tokens` (any shape) at one position of one session (seed: uint64)."""
-    seeds, positions = np.array([seed_bits(seed)]), np.array([position])
-    lanes = np.stack(_lanes_numpy(seeds, positions, tokens >> 2), axis=-1)
-    chosen = np.take_along_axis(lanes, (tokens & 3)[..., None], axis=-1)[..., 0]
-    return chosen.astype(np.uint32)
+    words = _words_numpy(np.array([seed_bits(seed)]), np.array([position]), tokens)
+    return words.astype(np.uint32)
 
 
 def words_dense_numpy(bits: int, position: int, vocabulary_size: int) -> NDArray[np.uint32]:
@@ -107,11 +133,50 @@ def words_dense_numpy(bits: int, position: int, vocabulary_size: int) -> NDArray
     return words.reshape(-1)[:vocabulary_size]
 
 
+def words_blocks_numpy(
+    bits: int, position: int, blocks: NDArray[np.int64]
+) -> list[NDArray[np.uint64]]:
+    """Noise words of the tokens in `blocks` [B]: for each of the `LANES`, [B] words below 2^32.
+
+    Block b holds the tokens 4 b to 4 b + 3; `bits` is the seed as int64 (`seed_bits`).
+    """
+    return _lanes_numpy(np.array([bits]), np.array([position]), blocks)
+
+
 def gumbel_numpy(seed: int, position: int, tokens: NDArray[np.int64]) -> NDArray[np.float64]:
     """Gumbel noise of `tokens` (any shape) at one position of one session (seed: uint64)."""
-    buckets = words_numpy(seed, position, tokens) >> np.uint32(_SHIFT)
-    uniforms = (buckets.astype(np.float64) + 0.5) * _STEP
+    return gumbel_of_words_numpy(words_numpy(seed, position, tokens))
+
+
+def gumbel_each_numpy(
+    bits: NDArray[np.int64], positions: NDArray[np.int64], tokens: NDArray[np.int64]
+) -> NDArray[np.float64]:
+    """Gumbel noise [M] of tokens [M], each in a session (seed as int64) and at a position [M]."""
+    return gumbel_of_words_numpy(_words_numpy(bits, positions, tokens))
+
+
+def gumbel_of_words_numpy(words: NDArray[Any]) -> NDArray[np.float64]:
+    """Turn words below 2^32, any unsigned type and shape, into Gumbel values."""
+    uniforms = ((words >> words.dtype.type(_SHIFT)).astype(np.float64) + 0.5) * _STEP
     return np.asarray(-np.log(-np.log(uniforms)), dtype=np.float64)
+
+
+def least_word(gumbel: float) -> int:
+    """Return a word, in [0, 2^32), below which the noise is less than `gumbel`."""
+    misses = -math.expm1(-math.exp(min(-gumbel, -GUMBEL_MIN)))  # 1 - u
+    # One bucket of slack is far more than the logarithms can be wrong by.
+    bucket = math.floor((1.0 - misses) * 2.0**UNIFORM_BITS - 0.5) - 1
+    return max(0, bucket) << _SHIFT
+
+
+def _words_numpy(
+    bits: NDArray[np.int64], positions: NDArray[np.int64], tokens: NDArray[np.int64]
+) -> NDArray[np.uint64]:
+    """Return the word of each (seed as int64, position, token), of the broadcast shape."""
+    lanes = np.stack(_lanes_numpy(bits, positions, tokens >> 2))
+    choice = np.broadcast_to(tokens & 3, lanes.shape[1:]).reshape(-1)
+    words = lanes.reshape(LANES, -1)[choice, np.arange(len(choice))]
+    return np.asarray(words.reshape(lanes.shape[1:]))
 
 
 def _lanes_numpy(
@@ -148,8 +213,10 @@ def philox_torch(counter: Sequence[Tensor], key: Sequence[Tensor]) -> list[Tenso
 
 def words_torch(seeds: Tensor, positions: Tensor, tokens: Tensor) -> Tensor:
     """Noise words in [0, 2^32) as int64, one per (seed, position, token), all int64."""
-    lanes = _lanes_torch(seeds, positions, tokens >> 2)
-    words = torch.stack(lanes, dim=-1)
+    if on_cpu(seeds):
+        found = _words_numpy(_array(seeds), _array(positions), _array(tokens))
+        return torch.from_numpy(found.view(np.int64))
+    words = torch.stack(_lanes_torch(seeds, positions, tokens >> 2), dim=-1)
     choice = (tokens & 3).expand(words.shape[:-1])
     return words.gather(-1, choice.unsqueeze(-1)).squeeze(-1)
 
@@ -184,9 +251,6 @@ def gumbel_dense_torch(seeds: Tensor, positions: Tensor, vocabulary_size: int) -
 
 def _lanes_torch(seeds: Tensor, positions: Tensor, blocks: Tensor) -> list[Tensor]:
     """Return the four output words of each counter, int64, of the broadcast shape."""
-    if on_cpu(seeds):
-        lanes = _lanes_numpy(*(_array(tensor) for tensor in (seeds, positions, blocks)))
-        return [torch.from_numpy(lane.view(np.int64)) for lane in lanes]
     domain, zero = (torch.full_like(seeds, word) for word in (DOMAIN, 0))
     key = (seeds & _MASK, (seeds >> 32) & _MASK)
     return philox_torch((blocks, positions, domain, zero), key)
