@@ -71,7 +71,7 @@ def measure_memory(
     def look(*_: Any) -> None:
         nonlocal peak, needed
         peak = max(peak, resident_bytes())
-        needed = max(needed, driver.engine.kv_tokens_in_use)
+        needed = max(needed, driver.engine.kv_tokens_used)
 
     driver.on_commit = look
     prompts = [texts.take(index, _PROMPT_TOKENS) for index in range(_SESSIONS)]

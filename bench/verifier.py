@@ -198,7 +198,7 @@ class _Bench:
         self.results.useless = measure_useless(
             driver,
             self._texts,
-            self._config.kv_tokens_max,
+            driver.engine.pool.tokens_max,
             options["window_s"],
             options["repeats"],
             advance,

@@ -79,10 +79,12 @@ class Engine:
         emit: Callable[[dict[int, Outputs]], None],
         *,
         rule: AcceptRule = accept_path,
+        times: StepTimes | None = None,
     ) -> None:
+        """`rule` and `times` are there for tests that break the one or flatten the other."""
         self.model = model
         self.pool = model.new_pool(config.kv_tokens_max)
-        self.times = StepTimes()
+        self.times = times or StepTimes()
         self.steps = 0
         self._config = config
         self._emit = emit

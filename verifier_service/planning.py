@@ -112,13 +112,18 @@ class Planner:
     def _seat_decoding(self, seats: Sequence[Seat]) -> list[Seat]:
         """Return the sessions that decode, each with room for its tip."""
         decoding = []
+        queued = False
         for index, seat in enumerate(seats):
-            if seat.waiting or len(seat.session.pending) != 1:
+            if len(seat.session.pending) != 1 or (seat.waiting and queued):
+                queued |= seat.waiting
                 continue
             cache = seat.session.cache
             if self._make_room(seat, 1, seats[index + 1 :]):
                 cache.reserve(cache.prefix_length + 1)
+                seat.waiting = False
                 decoding.append(seat)
+            elif seat.waiting:
+                queued = True
             else:
                 self._preempt(seat)
         return decoding

@@ -248,8 +248,10 @@ class StepTimes:
             duration_s = line[0][1]
         elif index == len(line):
             size, duration_s = line[-1]
-            # Beyond what was seen, compute grows in proportion: never optimistic about it.
-            duration_s *= max(1.0, tokens / size)
+            # Beyond what was seen, compute grows in proportion: never optimistic about it, but
+            # where only one size was seen, so that another is tried at all.
+            growth = tokens / size
+            duration_s *= max(1.0, math.sqrt(growth) if len(line) == 1 else growth)
         else:
             (low, low_s), (high, high_s) = line[index - 1], line[index]
             duration_s = low_s + (high_s - low_s) * (tokens - low) / (high - low)

@@ -22,6 +22,7 @@ from outrider.domain import Draft, SamplingParams, SessionSpec, SpeculationCount
 from outrider.draft_tree import Node
 from outrider.model.language_model import LanguageModel
 from outrider.model.noise import words_numpy
+from tests.support.flat_times import FlatTimes
 from tests.support.fleet import TARGET, load
 from tests.support.reference import Case, exact_probabilities
 from verifier_service.acceptance import AcceptRule, accept_path
@@ -179,7 +180,7 @@ def _draw_batch(
         if not left:
             done.set()
 
-    engine = Engine(model, _CONFIG, emit, rule=rule)
+    engine = Engine(model, _CONFIG, emit, rule=rule, times=FlatTimes())
     for number, seed in enumerate(seeds):
         engine.submit(Open(1, _session(number, seed)))
         guess = guesser(exact, seed)

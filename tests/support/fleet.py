@@ -39,11 +39,13 @@ from outrider.v1 import (
     verifier_pb2_grpc,
     worker_pb2_grpc,
 )
+from tests.support.flat_times import FlatTimes
 from verifier_service.acceptance import AcceptRule, accept_path
 from verifier_service.config import EngineConfig
 from verifier_service.engine import Engine
 from verifier_service.service import SERVICE_NAMES as VERIFIER_NAMES
 from verifier_service.service import VerifierService
+from verifier_service.step_times import StepTimes
 
 TARGET = "random:tiny?seed=1"
 DRAFT = "random:tiny?seed=1&noise=0.05&noise_seed=7"
@@ -89,8 +91,9 @@ async def verifier(
     name: str = "tiny",
     config: EngineConfig | None = None,
     rule: AcceptRule = accept_path,
+    times: StepTimes | None = None,
 ) -> AsyncIterator[RunningVerifier]:
-    """Run a verifier."""
+    """Run a verifier; by default one that verifies whatever it is offered."""
     config = config or EngineConfig(warm_up=False)
     service = VerifierService(
         info_of(model, name),
@@ -98,7 +101,7 @@ async def verifier(
         incarnation=secrets.token_hex(8),
         sessions_max=config.sessions_max,
     )
-    engine = Engine(model, config, service.emit, rule=rule)
+    engine = Engine(model, config, service.emit, rule=rule, times=times or FlatTimes())
     service.attach(engine)
     server = Server(VERIFIER_NAMES, host="127.0.0.1", port=0)
     verifier_pb2_grpc.add_VerifierServiceServicer_to_server(service, server.grpc)
