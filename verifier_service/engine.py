@@ -307,6 +307,7 @@ class Engine:
         plans: list[RowPlan] = []
         try:
             plans = self._planner.plan(self._seats.values())
+            assert plans, "the session admitted first always computes something"
             started = time.perf_counter()
             logits = self.model.forward([plan.row() for plan in plans])
             sampled = sample_rows(logits, plans)

@@ -70,6 +70,8 @@ def sample_nodes(
     `logits` [N, V] of any float type, on any device; `params`, `seeds` (uint64) and `positions`
     (absolute position of the token to be sampled) have one entry per row.
     """
+    if not params:
+        return []
     logits = repaired(logits)
     sampled = [row for row, param in enumerate(params) if not param.greedy]
     if len(sampled) == len(params):

@@ -1,13 +1,14 @@
 """The one rule, written a second time: plain transformers, numpy in float64, no code of ours.
 
-Only the noise words come from the product; they have tests of their own. Everything else (the
-model's attention, the filters, the noise values, the choice, the ends) is independent of it.
+Only the noise words and grammars come from the product; they have tests of their own. Everything
+else (the model's attention, penalties, filters, noise values, the choice, the ends) is independent.
 """
 
 from __future__ import annotations
 
 import functools
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -16,9 +17,12 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from outrider.domain import Grammar
 from outrider.model.noise import words_numpy
 from outrider.model.random_model import build_random_model, parse_random_spec
 from outrider.model.threads import set_threads
+from outrider.tokenizer import byte_tokenizer_files
+from verifier_service.grammar import GrammarCompiler
 
 TIE_MARGIN = 1e-3
 """DESIGN section 2: in float32 a difference counts unless the two best scores are this close."""
@@ -40,6 +44,12 @@ class Case:
     seed: int = 0
     stop_ids: tuple[int, ...] = ()
     ignore_eos: bool = False
+    repetition_penalty: float = 1.0
+    presence_penalty: float = 0.0
+    frequency_penalty: float = 0.0
+    logit_bias: tuple[tuple[int, float], ...] = ()
+    tokens_min: int = 0
+    grammar: Grammar | None = None
 
     @property
     def session_seed(self) -> int:
@@ -58,6 +68,8 @@ class Expected:
     """At each position, by how much the best (perturbed) score beats the second."""
     flips: int = 0
     """Ties at which the output under test, which was followed, took the second best."""
+    logprobs: tuple[float, ...] = ()
+    """Of each id in the target's own distribution, before anything a request asks for."""
 
     @property
     def ties(self) -> int:
@@ -117,6 +129,40 @@ def processed(logits: NDArray[np.float64], case: Case) -> NDArray[np.float64]:
         return np.log(_softmax(values))
 
 
+def adjusted(
+    logits: NDArray[np.float64], case: Case, outputs: Sequence[int], stops: set[int]
+) -> NDArray[np.float64]:
+    """Logits [V] after grammar, minimum length, bias and penalties, one after the other."""
+    values = logits.copy()
+    if case.grammar is not None:
+        values[~_allowed(case.grammar, tuple(outputs), len(values))] = -np.inf
+    if len(outputs) < case.tokens_min:
+        values[sorted(stops)] = -np.inf
+    for token, bias in case.logit_bias:
+        values[token] += bias
+    for token in {*case.prompt, *outputs}:
+        positive = values[token] > 0
+        values[token] *= 1 / case.repetition_penalty if positive else case.repetition_penalty
+    for token, count in Counter(outputs).items():
+        values[token] -= count * case.frequency_penalty + case.presence_penalty
+    return values
+
+
+@functools.lru_cache(maxsize=4096)
+def _allowed(grammar: Grammar, outputs: tuple[int, ...], size: int) -> NDArray[np.bool_]:
+    """Ids [V] that may follow, from a matcher that knows nothing but this text."""
+    state = _compiler(size).compile(grammar)
+    state.advance(outputs)
+    mask = state.walk([])[1][0]
+    assert mask is not None
+    return np.unpackbits(mask.view(np.uint8), bitorder="little")[:size].astype(np.bool_)
+
+
+@functools.lru_cache(maxsize=1)
+def _compiler(size: int) -> GrammarCompiler:
+    return GrammarCompiler(byte_tokenizer_files(), size, EOS_IDS)
+
+
 def scores(logits: NDArray[np.float64], case: Case, position: int) -> NDArray[np.float64]:
     """What the rule takes the argmax of: [V]."""
     if case.temperature == 0.0:
@@ -133,20 +179,23 @@ def expect(spec: str, case: Case, *, followed: Sequence[int] = ()) -> Expected:
     inputs, cache = list(case.prompt), None
     ids: list[int] = []
     margins: list[float] = []
+    logprobs: list[float] = []
     flips = 0
     while len(ids) < case.tokens_max and not (ids and ids[-1] in stops):
         with torch.inference_mode():
             output = module(input_ids=torch.tensor([inputs]), past_key_values=cache, use_cache=True)
         cache = output.past_key_values
         logits = output.logits[0, -1].double().numpy()
-        values = scores(logits, case, len(case.prompt) + len(ids))
+        values = adjusted(logits, case, ids, stops)
+        values = scores(values, case, len(case.prompt) + len(ids))
         best, second = (int(token) for token in np.argsort(-values, kind="stable")[:2])
         margins.append(float(values[best] - values[second]))
         if margins[-1] < TIE_MARGIN and tuple(followed[len(ids) : len(ids) + 1]) == (second,):
             best, flips = second, flips + 1
         ids.append(best)
+        logprobs.append(float(np.log(_softmax(logits)[best])))
         inputs = [best]
-    return Expected(tuple(ids), tuple(margins), flips)
+    return Expected(tuple(ids), tuple(margins), flips, tuple(logprobs))
 
 
 def greedy_by_generate(spec: str, case: Case) -> tuple[int, ...]:
