@@ -356,7 +356,8 @@ async def main():
     await gate.verdict(Grammar(GrammarKind.REGEX, "a"))
     hostile = '{"type": "integer", "minimum": 0, "multipleOf": 123456789}'
     task = asyncio.create_task(gate.verdict(Grammar(GrammarKind.JSON_SCHEMA, hostile)))
-    await asyncio.sleep(0)
+    for _ in range(20):  # until the request lies in the pipe
+        await asyncio.sleep(0)
     print(*gate.helper_pids, flush=True)
     await task
 
@@ -430,6 +431,9 @@ async def test_a_trial_goes_on_without_its_caller():
             return tried.known(regex(1)) is not None
 
         await until(known, what="the verdict of a trial that nobody waits for")
+        pids = tried.helper_pids
+        assert await tried.verdict(regex(2)) == FINE
+        assert tried.helper_pids == pids
 
 
 async def test_a_grammar_that_ends_its_helper_is_not_tried_for_ever():
