@@ -61,6 +61,14 @@ from verifier_service.config import EngineConfig, VerifierConfig
     help="Prompt tokens computed in one step.",
 )
 @click.option(
+    "--grammar-timeout",
+    "grammar_timeout_s",
+    type=click.FloatRange(min=0, max=60, min_open=True),
+    default=EngineConfig.grammar_timeout_s,
+    show_default=True,
+    help="Seconds that a grammar may take to compile; others are refused.",
+)
+@click.option(
     "--step-delay",
     "step_delay_s",
     type=click.FloatRange(min=0),
@@ -79,6 +87,7 @@ def command(
     kv_overcommit: float,
     step_nodes_max: int,
     prefill_tokens_max: int,
+    grammar_timeout_s: float,
     step_delay_s: float,
     warm_up: bool,
     worker_id: str | None,
@@ -96,6 +105,7 @@ def command(
             kv_overcommit=kv_overcommit,
             step_nodes_max=step_nodes_max,
             prefill_tokens_max=prefill_tokens_max,
+            grammar_timeout_s=grammar_timeout_s,
             step_delay_s=step_delay_s,
             warm_up=warm_up,
         ),

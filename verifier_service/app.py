@@ -41,6 +41,7 @@ async def serve(config: VerifierConfig) -> None:
         model.tokenizer_files,
         incarnation=incarnation,
         sessions_max=config.engine.sessions_max,
+        grammar_timeout_s=config.engine.grammar_timeout_s,
     )
     engine = Engine(model, config.engine, service.emit)
     service.attach(engine)
@@ -72,6 +73,7 @@ async def serve(config: VerifierConfig) -> None:
             drain_s=config.drain_s,
         )
     finally:
+        await service.close()
         engine.stop()
 
 
