@@ -83,6 +83,8 @@ class Driven:
         self.outputs: dict[int, list[int]] = {}
         self.ended: dict[int, RejectionCode | None] = {}
         """How sessions ended, in that order; None: with their last token."""
+        self.started: list[int] = []
+        """Sessions in the order of their first tokens."""
 
     @property
     def pool(self) -> KvPool:
@@ -102,6 +104,8 @@ class Driven:
                 spec = self.specs[number]
                 assert number not in self.ended
                 assert commit.base_length == len(spec.prompt) + len(self.outputs[number])
+                if not self.outputs[number]:
+                    self.started.append(number)
                 self.outputs[number] += commit.tokens
                 if report.finish_reason is not None:
                     self.ended[number] = None
@@ -265,13 +269,13 @@ def test_who_came_first_is_served_first() -> None:
     # The last would have room, but nobody overtakes one that waits.
     assert [seat.waiting for seat in driven.seats] == [False, True, True, True, True]
     driven.run()
-    assert list(driven.ended) == [0, 1, 2, 3, 9]
+    assert driven.started == [0, 1, 2, 3, 9]
     assert driven.engine.preemptions == 0
     driven.check()
 
 
 def test_who_came_last_gives_way() -> None:
-    driven = Driven(6)
+    driven = Driven(7)
     for number, prompt in enumerate(prompts(3, 40)):
         driven.open(number, prompt, 60)
     while not driven.engine.preemptions:
@@ -296,11 +300,11 @@ def test_who_was_preempted_goes_on_with_the_same_tokens(
     blocks: int, sampling: SamplingParams
 ) -> None:
     driven = Driven(blocks, prefill_tokens_max=24)
-    for number, prompt in enumerate(prompts(5, 20)):
-        driven.open(number, prompt, 100, sampling=sampling, seed=number)
+    for number, prompt in enumerate(prompts(4, 20)):
+        driven.open(number, prompt, 90, sampling=sampling, seed=number)
     driven.run()
     assert driven.engine.preemptions > 0
-    assert list(driven.ended.values()) == [None] * 5
+    assert list(driven.ended.values()) == [None] * 4
     driven.check()
 
 
@@ -335,7 +339,7 @@ def _contiguous(parts: Sequence[tuple[int, int]], end: int) -> bool:
 
 
 def test_guesses_go_before_anybody_loses_its_kv() -> None:
-    driven = Driven(4)
+    driven = Driven(5, step_nodes_max=64)
     flat_times(driven)
     for number, prompt in enumerate(prompts(2, 40)):
         driven.open(number, prompt, 70)
@@ -345,6 +349,8 @@ def test_guesses_go_before_anybody_loses_its_kv() -> None:
     guesses = [alone(replace(driven.specs[n], session=0, cache_salt=""))[2:] for n in (0, 1)]
     for number in (0, 1):
         driven.offer(number, guesses[number][:30])
+    other = driven.pool.new_cache()
+    other.reserve(1)
     # Both stand at 42 tokens with two blocks each: room for 22 guesses, and for no block more.
     plans = driven.plan()
     assert driven.engine.preemptions == 0
@@ -354,19 +360,26 @@ def test_guesses_go_before_anybody_loses_its_kv() -> None:
     assert all(len(plan.masks) == 1 + len(plan.nodes) for plan in plans)
     assert [seat.waiting for seat in driven.seats] == [False, False]
     assert kv_read(plans) == sum(seat.session.cache.prefix_length for seat in driven.seats)
+    other.release()
     driven.run()
     driven.check()
 
 
 def test_what_waits_holds_nothing_that_the_first_needs() -> None:
-    # While one computes a block, another with the same prompt holds the block before and waits.
-    driven = Driven(8, prefill_tokens_max=32)
-    driven.open(0, prompts(1, 40)[0], 216)
-    for _ in range(2):
+    driven = Driven(9, prefill_tokens_max=50)
+    driven.open(0, prompts(1, 40)[0], 248)
+    while driven.seats[0].session.cache.prefix_length < 62:
         driven.step()
     for number in (1, 2):
-        driven.open(number, LONG[:80], 60, cache_salt="same")
+        driven.open(number, LONG[:80], 200, cache_salt="same")
+    # While one computes a block, the other takes the block before it, and waits for that one. Then
+    # its room is gone, and all that it holds is a block that the first will need in the end.
+    for _ in range(3):
+        driven.step()
+    assert [seat.waiting for seat in driven.seats] == [False, False, True]
+    assert len(driven.seats[2].session.cache.blocks) == 1
     driven.run()
+    assert list(driven.ended) == [0, 1, 2]
     driven.check()
 
 
@@ -469,5 +482,5 @@ class Traffic(RuleBasedStateMachine):
 
 TestTraffic = Traffic.TestCase
 TestTraffic.settings = settings(
-    max_examples=60, stateful_step_count=25, deadline=None, derandomize=True
+    max_examples=25, stateful_step_count=20, deadline=None, derandomize=True
 )
