@@ -15,6 +15,7 @@ from drafter_service.mirror import Mirror
 from drafter_service.proposers.language_model import LanguageModelProposer
 from outrider.domain import BindSpec, Commit, DraftBudget, ModelInfo, SamplingParams
 from outrider.draft_tree import Node, draft_fault
+from outrider.kv_blocks import BLOCK_TOKENS
 from outrider.model.kv_cache import SessionCache
 from outrider.model.language_model import LanguageModel, Row
 from outrider.model.loading import load_language_model
@@ -313,9 +314,14 @@ def test_a_closed_session_gives_its_memory_back(model: LanguageModel) -> None:
     proposer = proposer_of(watched)
     mirror = opened(proposer, spec_of(GREEDY))
     proposer.grow([mirror])
-    assert watched.caches[0].bytes > 0
+    (cache,) = watched.caches
+    used = cache.pool.tokens_used
+    assert len(cache.blocks) > 0
+    blocks = len(cache.blocks)
     proposer.close(mirror)
-    assert watched.caches[0].bytes == 0
+    assert cache.pool.tokens_used == used - blocks * BLOCK_TOKENS
+    with pytest.raises(RuntimeError, match="released"):
+        cache.reserve(1)
     proposer.close(mirror)
     assert proposer.grow([]) is False
 
