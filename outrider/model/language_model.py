@@ -129,7 +129,7 @@ class TransformersModel:
         self.layout = _kv_layout(config, module)
         self.windows: tuple[int | None, ...] = (None,) * self.layout.layers
         """Sliding window of each layer, found out by `probe`."""
-        self._native = native.has_attention(self.device, self.layout.dtype)
+        self._native = native.has_operators(self.device, self.layout.dtype)
         self._pool: KvPool | None = None
 
     @property

@@ -174,7 +174,7 @@ def _assemble(
         tokenizer = Tokenizer.from_buffer(tokenizer_files["tokenizer.json"])
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelLoadError(f"its tokenizer.json cannot be read: {error}") from error
-    attends = "native" if native.has_attention(module.device, module.dtype) else "gathered"
+    attends = "native" if native.has_operators(module.device, module.dtype) else "gathered"
     kernels = f"{module.device.type}-{attends}"
     packed = packing(module.dtype, module.device, compiled=compiled)
     if packed is not None:

@@ -16,7 +16,7 @@ from drafter_service.proposers.language_model import LanguageModelProposer
 from outrider.domain import BindSpec, Commit, DraftBudget, ModelInfo, SamplingParams
 from outrider.draft_tree import Node, draft_fault
 from outrider.kv_blocks import BLOCK_TOKENS
-from outrider.model.kv_cache import SessionCache
+from outrider.model.kv_cache import KvPool, SessionCache
 from outrider.model.language_model import LanguageModel, Row
 from outrider.model.loading import load_language_model
 from outrider.model.sampling import sample_nodes
@@ -58,9 +58,16 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def new_cache(self) -> SessionCache:
-        self.caches.append(self._model.new_cache())
-        return self.caches[-1]
+    def new_pool(self, tokens_max: int | None = None) -> KvPool:
+        pool = self._model.new_pool(tokens_max)
+        make = pool.new_cache
+
+        def remember(salt: str | None = None) -> SessionCache:
+            self.caches.append(make(salt))
+            return self.caches[-1]
+
+        pool.new_cache = remember  # type: ignore[method-assign]
+        return pool
 
     def forward(self, rows: Sequence[Row]) -> Any:
         self.passes.append([len(row.tokens) for row in rows])

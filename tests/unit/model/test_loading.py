@@ -118,9 +118,9 @@ def test_fingerprint_depends_on_dtype_and_kernels(monkeypatch: pytest.MonkeyPatc
     fingerprints = {load(SPEC, dtype=dtype).model_fingerprint for dtype in ("float32", "float16")}
     cpu = torch.device("cpu")
     kernels = 2 + (packing(torch.float32, cpu) is not None)
-    kernels += native.has_attention(cpu, torch.float32)
+    kernels += native.has_operators(cpu, torch.float32)
     with monkeypatch.context() as patch:
-        patch.setattr(loading, "packing", lambda *_: None)
+        patch.setattr(loading, "packing", lambda *_, **__: None)
         fingerprints.add(load(SPEC).model_fingerprint)
     with monkeypatch.context() as patch:
         patch.setattr(native, "available", lambda: False)

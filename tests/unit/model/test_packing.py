@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from torch.nn import functional
 
 from outrider.model import native
-from outrider.model.packing import PackedLinear, WidenedLinear, pack_linears, packing
+from outrider.model.packing import PackedLinear, TiledLinear, pack_linears, packing
 
 CPU = torch.device("cpu")
 ROWS = (0, 1, 2, 3, 4, 5, 6, 7, 8, 13, 33)
@@ -29,7 +29,7 @@ def linear(inputs: int, outputs: int, bias: bool, dtype: torch.dtype) -> torch.n
 
 def check_widened(inputs: int, outputs: int, bias: bool, rows: int) -> None:
     plain = linear(inputs, outputs, bias, torch.bfloat16)
-    layer = WidenedLinear(plain)
+    layer = TiledLinear(plain)
     x = torch.randn(rows, inputs).bfloat16()
     with torch.inference_mode():
         found = layer(x)
@@ -58,7 +58,7 @@ def test_widened_weights_of_any_size(inputs: int, outputs: int, bias: bool, rows
 
 @needs_native
 def test_widened_rows_do_not_depend_on_their_company() -> None:
-    layer = WidenedLinear(linear(72, 33, True, torch.bfloat16))
+    layer = TiledLinear(linear(72, 33, True, torch.bfloat16))
     x = torch.randn(13, 72).bfloat16()
     with torch.inference_mode():
         together = layer(x)
@@ -71,11 +71,13 @@ def test_widened_rows_do_not_depend_on_their_company() -> None:
 
 @needs_native
 def test_a_widened_layer_refuses_what_does_not_fit() -> None:
-    layer = WidenedLinear(linear(8, 8, False, torch.bfloat16))
+    layer = TiledLinear(linear(8, 8, False, torch.bfloat16))
     with pytest.raises(RuntimeError):
         layer(torch.zeros(2, 8))
+    with pytest.raises(RuntimeError):
+        layer(torch.zeros(2, 9, dtype=torch.bfloat16))
     with pytest.raises(RuntimeError, match="bfloat16"):
-        WidenedLinear(linear(8, 8, False, torch.float32))
+        TiledLinear(linear(8, 8, False, torch.float64))
 
 
 @needs_packed
@@ -128,6 +130,5 @@ def test_bfloat16_is_widened_where_the_processor_cannot_multiply_it(
     monkeypatch.setattr(PackedLinear, "forward", refuse)
     for there in (True, False):
         monkeypatch.setattr(native, "available", lambda there=there: there)
-        assert packing(torch.bfloat16, CPU) is (WidenedLinear if there else None)
-        # There is no such operator for float32, which nothing needs widened.
-        assert packing(torch.float32, CPU) is None
+        assert packing(torch.bfloat16, CPU) is (TiledLinear if there else None)
+        assert packing(torch.float32, CPU) is (TiledLinear if there else None)
