@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from drafter_service.mirror import Mirror
+from outrider.config import Quantize
 from outrider.domain import ModelInfo
 from outrider.draft_tree import Advance, Node
 from outrider.model.info import model_info
@@ -169,11 +170,20 @@ class LanguageModelProposer:
 
 
 def load_language_model_proposer(
-    spec: str, *, dtype: Dtype, device: Device, cache_dir: Path, threads: int, leaves_max: int
+    spec: str,
+    *,
+    dtype: Dtype,
+    quantize: Quantize,
+    device: Device,
+    cache_dir: Path,
+    threads: int,
+    leaves_max: int,
 ) -> LanguageModelProposer:
     """Load a draft model. Raises `ModelLoadError`."""
     set_threads(threads)
-    model = load_language_model(spec, dtype=dtype, device=device, cache_dir=cache_dir)
+    model = load_language_model(
+        spec, dtype=dtype, quantize=quantize, device=device, cache_dir=cache_dir
+    )
     info = model_info(model, proposer="language-model")
     return LanguageModelProposer(model, info, leaves_max=leaves_max)
 
