@@ -19,9 +19,17 @@ from outrider.model.kv_cache import KV_LAYOUT
 _logger = logging.getLogger(__name__)
 
 # Where a model came from and what wrote its file do not change what it computes. The dtype it
-# was stored in is covered by the weights, the one it runs in stands beside the configuration.
+# was stored in is covered by the weights; the one it runs in and the number of processes stand
+# beside the configuration.
 _CONFIG_KEYS_IGNORED = frozenset(
-    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+    {
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "architectures",
+        "distributed_config",
+    }
 )
 
 

@@ -29,6 +29,7 @@ from outrider.model.tensor_parallel import (
     accelerator_type,
     check_divisible,
     distributed_config,
+    own_shares,
     shard_module,
 )
 from outrider.tokenizer import TOKENIZER_FILES, byte_tokenizer_files, tokenizer_fingerprint
@@ -220,6 +221,7 @@ def _assemble(
         eos_ids=_eos_ids(module, tokenizer_files),
     )
     if how.ranks is not None:
+        own_shares(module)
         return ShardedModel(module, identity, how.ranks)
     return TransformersModel(module, identity)
 

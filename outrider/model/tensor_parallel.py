@@ -28,6 +28,7 @@ import numpy.typing as npt
 import torch
 import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor
 from transformers import PreTrainedModel
 from transformers.distributed.configuration_utils import DistributedConfig
 from transformers.distributed.tensor_parallel import apply_tensor_parallelism
@@ -117,6 +118,27 @@ def shard_module(module: PreTrainedModel, ranks: Ranks) -> None:
     except ValueError as error:
         raise ModelLoadError(f"it cannot be split over processes: {error}") from error
     apply_tensor_parallelism(module, ranks.mesh, plan)
+
+
+def own_shares(module: PreTrainedModel) -> None:
+    """Let go of what other ranks keep: a share may be a view into all of a weight."""
+    owned: dict[int, torch.nn.Parameter] = {}  # by weight, as several layers may share one
+    for child in module.modules():
+        for name, weight in list(child._parameters.items()):
+            if not isinstance(weight, DTensor):
+                continue
+            if id(weight) not in owned:
+                share = weight.to_local()
+                whole = DTensor.from_local(
+                    share.clone() if share.untyped_storage().nbytes() > share.nbytes else share,
+                    weight.device_mesh,
+                    weight.placements,
+                    run_check=False,
+                    shape=weight.shape,
+                    stride=weight.stride(),
+                )
+                owned[id(weight)] = torch.nn.Parameter(whole, requires_grad=False)
+            child._parameters[name] = owned[id(weight)]
 
 
 # --- orders -------------------------------------------------------------------------------------
