@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -94,7 +95,13 @@ def command(
     cache_dir: Path,
     **options: Any,
 ) -> None:
-    """Run a verifier: hosts the target model and judges guesses."""
+    """Run a verifier: hosts the target model and judges guesses.
+
+    A model that is too large for one GPU is split over several by torchrun, which starts a
+    process for each:
+
+    torchrun --standalone --nproc-per-node 2 -m verifier_service --model ...
+    """
     configure_logging("verifier", level=log_level, fmt=log_format)
     config = VerifierConfig(
         worker_id=worker_id or f"verifier-{secrets.token_hex(4)}",
@@ -113,10 +120,13 @@ def command(
     )
     check_advertised(config.host, config.redis_url, config.advertise)
     # Imported late: torch takes seconds, and `--help` should not.
-    from verifier_service.app import serve
+    from verifier_service.app import follow, serve
 
     try:
-        asyncio.run(serve(config))
+        if int(os.environ.get("RANK", "0")):
+            follow(config)
+        else:
+            asyncio.run(serve(config))
     except OutriderError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

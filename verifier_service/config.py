@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from outrider.config import Device, Dtype
+from outrider.config import Device, Dtype, Quantize
 
 
 @dataclass(frozen=True)
@@ -43,6 +43,7 @@ class VerifierConfig:
 
     model: str
     dtype: Dtype
+    quantize: Quantize
     device: Device
     threads: int
     compiled: bool

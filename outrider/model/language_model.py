@@ -204,7 +204,8 @@ class TransformersModel:
 
         Raises ModelLoadError.
         """
-        cache = self.new_cache()
+        # In a pool of its own: the default one is most of the memory.
+        cache = self.new_pool(BLOCK_TOKENS).new_cache()
         rows = [Row(cache, [0, 1], None, [0, 1])]
         layers = self.layout.layers
         try:

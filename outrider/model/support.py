@@ -115,7 +115,7 @@ def _tokens(model: TransformersModel) -> tuple[list[int], list[int]]:
 def _our_logits(model: TransformersModel) -> torch.Tensor:
     """[6, vocabulary]: the prefix's, then the tree's."""
     prefix, tree = _tokens(model)
-    cache = model.new_cache()
+    cache = model.new_pool(_PREFIX_SIZE + len(_TREE_PARENTS)).new_cache()
     try:
         return torch.cat(
             [
