@@ -483,16 +483,47 @@ Tensor packed_linear(const Tensor& x_in, const Tensor& packed, const std::option
   return out;
 }
 
+// --- sampling ----------------------------------------------------------------------------------------
+
+// Sum of exp((logit - best) * rate) of each row, logits float32 [rows, vocabulary], best and rates float32 [rows];
+// float64 [rows], within 1e-6 of the true sum. Lanes and blocks of a row are summed by themselves.
+Tensor masses(const Tensor& logits_in, const Tensor& best, const Tensor& rates) {
+  const Tensor logits = logits_in.contiguous();
+  const int64_t rows = logits.size(0), size = logits.size(1), whole = size / kLanes * kLanes;
+  Tensor sums = at::empty({rows}, logits.options().dtype(at::kDouble));
+  const float* from = logits.const_data_ptr<float>();
+  const float* tops = best.const_data_ptr<float>();
+  const float* factors = rates.const_data_ptr<float>();
+  double* to = sums.mutable_data_ptr<double>();
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* at = from + row * size;
+      double sum = 0;
+      for (int64_t start = 0; start < whole; start += 64 * kLanes) {
+        Floats block{};
+        for (int64_t i = start; i < std::min(whole, start + 64 * kLanes); i += kLanes)
+          block += exp_below_zero((load(at + i) - tops[row]) * factors[row]);
+        sum += total(block);
+      }
+      for (int64_t i = whole; i < size; ++i) sum += std::exp((at[i] - tops[row]) * factors[row]);
+      to[row] = sum;
+    }
+  });
+  return sums;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(outrider, library) {
   library.def("attend(Tensor query, Tensor key, Tensor value, Tensor plan, SymInt layer, float scaling) -> Tensor");
+  library.def("masses(Tensor logits, Tensor best, Tensor rates) -> Tensor");
   library.def("pack_weight(Tensor weight) -> Tensor");
   library.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, SymInt outputs) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(outrider, CPU, library) {
   library.impl("attend", &attend);
+  library.impl("masses", &masses);
   library.impl("pack_weight", &pack_weight);
   library.impl("packed_linear", &packed_linear);
 }
