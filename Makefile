@@ -11,7 +11,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test demo serve bench bench-verifier peers clean lock
+.PHONY: help install proto format lint test fuzz demo serve bench bench-verifier peers clean lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -50,6 +50,9 @@ lint: install ## Check style, types, import contracts and the protocol
 
 test: install ## Run the tests (TEST_ARGS="-k tree" for some of them)
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
+
+fuzz: install ## Send a verifier 100,000 messages that are not as they should be (FUZZ_ARGS="--seed 2")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.verifier_stream $(FUZZ_ARGS)
 
 demo: install ## Start a small fleet and watch it decode (MODEL=..., DTYPE=...)
 	@$(BIN)/outrider demo $(if $(MODEL),--model '$(MODEL)') $(if $(DTYPE),--dtype '$(DTYPE)')

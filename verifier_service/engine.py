@@ -60,13 +60,17 @@ _log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, slots=True)
 class Ended:
-    """What is remembered of a session that ended, to answer a late resync."""
+    """What is remembered of a session that ended, to answer a late resync.
+
+    No more than that: a grammar's states alone may be megabytes.
+    """
 
     connection: int
     epoch: int
     tokens: tuple[int, ...]
     report: CommitReport
-    decider: Decider
+    logprobs: tuple[TokenLogprobs, ...]
+    """Of the last tokens: those decided here, if they were asked for."""
 
 
 class Engine:
@@ -279,12 +283,14 @@ class Engine:
         seat = self._seats.get(resync.session)
         ended = self._ended.get(resync.session)
         if seat is not None and seat.session.connection == connection:
-            session, decider = seat.session, seat.decider
+            session = seat.session
             epoch, tokens = session.spec.epoch, tuple(session.log.since(resync.have_length))
             report = CommitReport(session.counters(), ())
+            logprobs = seat.decider.logprobs_since(resync.have_length)
         elif ended is not None and ended.connection == connection:
             epoch, tokens = ended.epoch, ended.tokens[resync.have_length :]
-            report, decider = ended.report, ended.decider
+            report, first = ended.report, len(ended.tokens) - len(ended.logprobs)
+            logprobs = ended.logprobs[max(0, resync.have_length - first) :]
         else:
             self._to(connection).rejections.append(
                 Rejection(
@@ -295,7 +301,7 @@ class Engine:
                 )
             )
             return
-        report = replace(report, logprobs=decider.logprobs_since(resync.have_length))
+        report = replace(report, logprobs=logprobs)
         commit = Commit(epoch, resync.have_length, tokens, report.finish_reason is not None)
         self._to(connection).commits.append((resync.session, commit, report))
 
@@ -422,7 +428,7 @@ class Engine:
             session.spec.epoch,
             tuple(session.log.tokens),
             report,
-            seat.decider,
+            tuple(seat.decider.logprobs),
         )
         if len(self._ended) > _ENDED_KEPT_MAX:
             self._ended.popitem(last=False)

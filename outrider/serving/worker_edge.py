@@ -16,9 +16,11 @@ from collections.abc import AsyncIterator
 from typing import Any, Generic, TypeVar
 
 import grpc.aio
+from google.protobuf.message import DecodeError
 
 from outrider import wire
 from outrider.domain import ModelInfo
+from outrider.errors import InvalidRequest
 from outrider.serving.queues import Mailbox
 from outrider.serving.status import status_of_errors
 from outrider.v1 import drafter_pb2, verifier_pb2, worker_pb2, worker_pb2_grpc
@@ -121,5 +123,8 @@ class WorkerEdge(worker_pb2_grpc.WorkerServiceServicer, abc.ABC, Generic[Request
             self._submit(first, connection, mailbox)
             async for request in requests:
                 self._submit(request, connection, mailbox)
+        except DecodeError as error:
+            text = "what came on the stream is no message of this protocol"
+            raise InvalidRequest("request", text) from error
         finally:
             mailbox.close()
