@@ -108,6 +108,10 @@ class Result:
             self.faults.append(f"{self.resident_growth_mb:.0f} MB more in use at the end")
 
 
+class _StuckError(Exception):
+    """What must end or be answered does not."""
+
+
 class _Errors(logging.Handler):
     """Collects what is logged as an error; asyncio reports exceptions nobody caught there too."""
 
@@ -154,6 +158,8 @@ class Fuzz:
             with patch("verifier_service.engine.Inbox", PacedInbox):
                 async with verifier(load(TARGET), config=CONFIG) as target:
                     await self._run(target, progress)
+        except _StuckError:
+            pass  # counted; a fleet that hangs tells nothing more
         except AssertionError as error:
             self.result.crashes += 1
             self._fault(str(error))
@@ -195,6 +201,7 @@ class Fuzz:
                 connection = self._connections[at] = self._connect(isinstance(connection, Socket))
             await self._say(connection)
         await self._pacer.one_pass()
+        self._check_owners()
         if self._pacer.passes % 64 == 0:
             self._check_seats()
 
@@ -252,7 +259,7 @@ class Fuzz:
         self.result.stuck += max(engine.load, len(questions))
         self.result.faults += questions[:5]
         if self.result.stuck:
-            return
+            raise _StuckError
         self.result.leaked_tokens += engine.pool.tokens_used
         self._check(not any(engine.pool.blocks._references), "blocks of KV are still referenced")
         self._check(len(engine._ended) <= _ENDED_MAX, "too many ended sessions are remembered")
@@ -270,6 +277,15 @@ class Fuzz:
         self.result.blocks.append(sys.getallocatedblocks())
         self.result.resident_mb.append(_resident_mb())
 
+    def _check_owners(self) -> None:
+        """Nobody decodes for a connection that is gone."""
+        if len(self._pacer.inbox):
+            return
+        streams = self._target.service._mailboxes
+        for seat in self._target.engine._seats.values():
+            known = seat.session.connection in streams
+            self._check(known, f"session {seat.session.spec.session} outlives its connection")
+
     def _check_seats(self) -> None:
         """Every session ends within a bounded number of passes."""
         now = self._pacer.passes
@@ -278,7 +294,8 @@ class Fuzz:
         for seat, since in self._seated.values():
             if now - since > PASSES_MAX:
                 self.result.stuck += 1
-                raise AssertionError(f"session {seat.session.spec.session} does not end")
+                self._fault(f"session {seat.session.spec.session} does not end")
+                raise _StuckError
 
     async def _serves(self) -> None:
         """After all that, new sessions get exactly what they should."""
