@@ -137,7 +137,10 @@ def adjusted(
     if case.grammar is not None:
         values[~_allowed(case.grammar, tuple(outputs), len(values))] = -np.inf
     if len(outputs) < case.tokens_min:
+        before = values.copy()
         values[sorted(stops)] = -np.inf
+        if not np.isfinite(values).any():  # the grammar must end here: it wins
+            values = before
     for token, bias in case.logit_bias:
         values[token] += bias
     for token in {*case.prompt, *outputs}:
