@@ -313,6 +313,11 @@ class Engine:
         plans: list[RowPlan] = []
         try:
             plans = self._planner.plan(self._seats.values())
+            refused = self._planner.refused
+            for seat, error in refused:
+                self._fail(seat, RejectionCode.INVALID, error)
+            if refused and not plans:
+                return
             assert plans, "the session admitted first always computes something"
             started = time.perf_counter()
             logits = self.model.forward([plan.row() for plan in plans])

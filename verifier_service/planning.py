@@ -12,6 +12,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from outrider.draft_tree import Node
+from outrider.errors import InvalidRequest
 from outrider.kv_blocks import BLOCK_TOKENS
 from outrider.model.kv_cache import KvPool
 from outrider.model.language_model import Row
@@ -83,10 +84,13 @@ class Planner:
         self._config = config
         self._calibrations = calibrations
         self.preemptions = 0
+        self.refused: list[tuple[Seat, InvalidRequest]] = []
+        """Sessions left out of the last plan, since their own grammar broke a limit; they end."""
 
     def plan(self, seats: Iterable[Seat]) -> list[RowPlan]:
         """Plan a step over `seats`, in the order of their admission; room for it is reserved."""
         seats = list(seats)
+        self.refused = []
         decoding = self._seat_decoding(seats)
         chunks = self._chunks(seats)
         decoding = [seat for seat in decoding if not seat.waiting]  # prefill may have taken it
@@ -101,10 +105,12 @@ class Planner:
         )
         # What could not pay now is not even read when it arrives.
         self._calibrations.pay_min = choice.pay_min
-        plans = [
-            self._decoding_row(seat, nodes)
-            for seat, nodes in zip(decoding, choice.nodes, strict=True)
-        ]
+        plans = []
+        for seat, nodes in zip(decoding, choice.nodes, strict=True):
+            try:
+                plans.append(self._decoding_row(seat, nodes))
+            except InvalidRequest as error:
+                self.refused.append((seat, error))
         return plans + chunks
 
     # --- decoding ---
@@ -172,8 +178,12 @@ class Planner:
             if upcoming is not None:
                 computing.add(upcoming)
             seat.waiting = False
+            try:
+                chunks.append(_chunk_plan(seat, chunk))
+            except InvalidRequest as error:
+                self.refused.append((seat, error))
+                continue
             left -= len(chunk)
-            chunks.append(_chunk_plan(seat, chunk))
         return chunks
 
     def _can_start(self, seat: Seat, before: Sequence[Seat]) -> bool:
