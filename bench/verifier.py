@@ -60,6 +60,9 @@ _SETTLE_S = 0.5
 @click.option(
     "--peer-dtype", type=click.Choice(get_args(Dtype)), help="Of the peers.  [default: as --dtype]"
 )
+@click.option(
+    "--compile/--no-compile", "compiled", default=True, show_default=True, help="Our own steps."
+)
 @click.option("--threads", type=click.IntRange(1, 256), default=2, show_default=True)
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Some of them.")
 @click.option("--repeats", type=click.IntRange(1, 20), default=3, show_default=True)
@@ -211,7 +214,10 @@ class _Bench:
     def _load(self) -> LanguageModel:
         options = self._options
         return load_language_model(
-            options["model"], dtype=options["dtype"], cache_dir=options["cache_dir"]
+            options["model"],
+            dtype=options["dtype"],
+            compiled=options["compiled"],
+            cache_dir=options["cache_dir"],
         )
 
     def _driver(self) -> EngineDriver:

@@ -70,6 +70,7 @@ def _proposer(config: DrafterConfig) -> Proposer:
     return load_language_model_proposer(
         config.model,
         dtype=config.dtype,
+        quantize=config.quantize,
         device=config.device,
         compiled=config.compiled,
         cache_dir=config.cache_dir,

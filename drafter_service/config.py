@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from outrider.config import Device, Dtype
+from outrider.config import Device, Dtype, Quantize
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,7 @@ class DrafterConfig:
     """"lookup" or "language-model"."""
     model: str | None
     dtype: Dtype
+    quantize: Quantize
     device: Device
     threads: int
     compiled: bool

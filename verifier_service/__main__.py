@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import os
 import secrets
 import sys
 from pathlib import Path
@@ -61,6 +62,14 @@ from verifier_service.config import EngineConfig, VerifierConfig
     help="Prompt tokens computed in one step.",
 )
 @click.option(
+    "--grammar-timeout",
+    "grammar_timeout_s",
+    type=click.FloatRange(min=0, max=60, min_open=True),
+    default=EngineConfig.grammar_timeout_s,
+    show_default=True,
+    help="Seconds that a grammar may take to compile; others are refused.",
+)
+@click.option(
     "--step-delay",
     "step_delay_s",
     type=click.FloatRange(min=0),
@@ -79,13 +88,20 @@ def command(
     kv_overcommit: float,
     step_nodes_max: int,
     prefill_tokens_max: int,
+    grammar_timeout_s: float,
     step_delay_s: float,
     warm_up: bool,
     worker_id: str | None,
     cache_dir: Path,
     **options: Any,
 ) -> None:
-    """Run a verifier: hosts the target model and judges guesses."""
+    """Run a verifier: hosts the target model and judges guesses.
+
+    A model that is too large for one GPU is split over several by torchrun, which starts a
+    process for each:
+
+    torchrun --standalone --nproc-per-node 2 -m verifier_service --model ...
+    """
     configure_logging("verifier", level=log_level, fmt=log_format)
     config = VerifierConfig(
         worker_id=worker_id or f"verifier-{secrets.token_hex(4)}",
@@ -96,6 +112,7 @@ def command(
             kv_overcommit=kv_overcommit,
             step_nodes_max=step_nodes_max,
             prefill_tokens_max=prefill_tokens_max,
+            grammar_timeout_s=grammar_timeout_s,
             step_delay_s=step_delay_s,
             warm_up=warm_up,
         ),
@@ -103,10 +120,13 @@ def command(
     )
     check_advertised(config.host, config.redis_url, config.advertise)
     # Imported late: torch takes seconds, and `--help` should not.
-    from verifier_service.app import serve
+    from verifier_service.app import follow, serve
 
     try:
-        asyncio.run(serve(config))
+        if int(os.environ.get("RANK", "0")):
+            follow(config)
+        else:
+            asyncio.run(serve(config))
     except OutriderError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

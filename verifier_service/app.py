@@ -9,7 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 
 from outrider.model.info import model_info
 from outrider.model.language_model import LanguageModel
-from outrider.model.loading import load_language_model
+from outrider.model.loading import load_language_model, torch_device
+from outrider.model.tensor_parallel import ShardedModel, ignore_signals, join_ranks
 from outrider.model.threads import set_threads
 from outrider.registry import WorkerRecord, published
 from outrider.serving.server import Server
@@ -27,6 +28,8 @@ async def serve(config: VerifierConfig) -> None:
     # See outrider.model.threads: one thread for all that torch does.
     thread = ThreadPoolExecutor(1, thread_name_prefix="model")
     model = await loop.run_in_executor(thread, _load, config)
+    if isinstance(model, ShardedModel):
+        model.lead()
     info = model_info(model)
     _log.info(
         "model %s, %s on %s, fingerprint %s",
@@ -41,6 +44,7 @@ async def serve(config: VerifierConfig) -> None:
         model.tokenizer_files,
         incarnation=incarnation,
         sessions_max=config.engine.sessions_max,
+        grammar_timeout_s=config.engine.grammar_timeout_s,
     )
     engine = Engine(model, config.engine, service.emit)
     service.attach(engine)
@@ -72,7 +76,32 @@ async def serve(config: VerifierConfig) -> None:
             drain_s=config.drain_s,
         )
     finally:
+        await service.close()
         engine.stop()
+        if isinstance(model, ShardedModel):
+            model.dismiss()
+
+
+def follow(config: VerifierConfig) -> None:
+    """Compute this rank's share of the model until the leading rank ends.
+
+    Raises `ModelLoadError` at start, RuntimeError if the leader is lost.
+    """
+    model = _load(config)
+    assert isinstance(model, ShardedModel)
+    ignore_signals()
+    _log.info("rank %d of %d follows", model.ranks.rank, model.ranks.size)
+    try:
+        model.follow()
+    except Exception as error:
+        _log.critical(
+            "rank %d ends, as it has lost the leader or failed: %s: %s",
+            model.ranks.rank,
+            type(error).__name__,
+            next(iter(str(error).splitlines()), ""),
+        )
+        raise SystemExit(1) from None
+    _log.info("stopped")
 
 
 def _load(config: VerifierConfig) -> LanguageModel:
@@ -80,9 +109,11 @@ def _load(config: VerifierConfig) -> LanguageModel:
     return load_language_model(
         config.model,
         dtype=config.dtype,
+        quantize=config.quantize,
         device=config.device,
         compiled=config.compiled,
         cache_dir=config.cache_dir,
+        ranks=join_ranks(torch_device(config.device)),
     )
 
 

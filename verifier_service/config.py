@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from outrider.config import Device, Dtype
+from outrider.config import Device, Dtype, Quantize
 
 
 @dataclass(frozen=True)
@@ -29,6 +29,8 @@ class EngineConfig:
     """Deepest live draft node below the tip."""
     drafts_queued_max: int = 4_096
     """Draft messages that may wait for the next step; later ones are dropped."""
+    grammar_timeout_s: float = 5.0
+    """A session whose grammar takes longer to compile is refused."""
     step_delay_s: float = 0.0
     """Added to each step: gives a tiny model the step time of a large one, for tests."""
     warm_up: bool = True
@@ -41,6 +43,7 @@ class VerifierConfig:
 
     model: str
     dtype: Dtype
+    quantize: Quantize
     device: Device
     threads: int
     compiled: bool

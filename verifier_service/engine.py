@@ -154,7 +154,9 @@ class Engine:
         sizes = [size for size in (1, 2, 4, 8, 16, 32, 64) if size <= self._config.step_nodes_max]
         sizes.append(self._config.prefill_tokens_max)
         room = self.pool.tokens_max - _WARM_UP_CONTEXT
-        sizes = [size for size in sizes if size <= room] or [1]
+        sizes = [size for size in sizes if size <= room]
+        if not sizes:
+            return
         cache = self.pool.new_cache()
         try:
             self.model.forward([Row(cache, [0] * _WARM_UP_CONTEXT, None, [0])])

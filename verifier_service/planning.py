@@ -31,7 +31,7 @@ class Seat:
     session: Session
     decider: Decider
     waiting: bool = True
-    """It holds no KV and computes nothing."""
+    """It computes nothing, and holds at most blocks that it found computed by others."""
     preemptions: int = 0
 
 
@@ -207,15 +207,17 @@ class Planner:
         for victim in reversed(later):
             if needed <= self._pool.blocks.available:
                 return True
-            if not victim.waiting:
+            # One that waits may hold what it shares: a block that others have given up since.
+            if victim.session.cache.blocks:
                 self._preempt(victim)
         return needed <= self._pool.blocks.available
 
     def _preempt(self, seat: Seat) -> None:
         seat.session.cache.clear()
-        seat.waiting = True
-        seat.preemptions += 1
-        self.preemptions += 1
+        if not seat.waiting:
+            seat.waiting = True
+            seat.preemptions += 1
+            self.preemptions += 1
 
 
 def _chunk_plan(seat: Seat, chunk: tuple[int, ...]) -> RowPlan:

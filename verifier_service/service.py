@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
 
 from outrider import wire
-from outrider.domain import ModelInfo, Rejection, RejectionCode
+from outrider.domain import Grammar, ModelInfo, Rejection, RejectionCode, SessionSpec
 from outrider.errors import InvalidRequest
 from outrider.serving.queues import Mailbox
 from outrider.serving.server import Server
 from outrider.serving.worker_edge import WorkerEdge
 from outrider.v1 import types_pb2, verifier_pb2, verifier_pb2_grpc, worker_pb2_grpc
+from verifier_service.admission import reject
 from verifier_service.engine import Engine
+from verifier_service.grammar_gate import GrammarGate, GrammarModel, Verdict
 from verifier_service.messages import Abort, Disconnect, Drain, Offer, Open, Outputs, Repeat
 
 SERVICE_NAMES = ("outrider.v1.VerifierService", "outrider.v1.WorkerService")
@@ -24,6 +28,19 @@ _CHUNK_BYTES = 1 << 20
 _log = logging.getLogger(__name__)
 
 _Response = verifier_pb2.VerifyResponse
+
+
+@dataclass(eq=False, slots=True)
+class _Held:
+    """A session that the engine has not seen, as its grammar is still being tried."""
+
+    command: Open
+    mailbox: Mailbox[Any]
+    task: asyncio.Task[None] | None = None
+
+    @property
+    def spec(self) -> SessionSpec:
+        return self.command.spec
 
 
 class VerifierService(
@@ -38,14 +55,33 @@ class VerifierService(
         *,
         incarnation: str,
         sessions_max: int,
+        grammar_timeout_s: float,
     ) -> None:
         super().__init__(info, incarnation=incarnation, sessions_max=sessions_max)
         self._tokenizer_files = tokenizer_files
+        self._gate = GrammarGate(
+            GrammarModel(tokenizer_files.get("tokenizer.json"), info.vocabulary_size, info.eos_ids),
+            timeout_s=grammar_timeout_s,
+            # More could not be admitted afterwards.
+            callers_max=sessions_max,
+        )
+        self._held: dict[int, _Held] = {}
         self._engine: Engine | None = None
 
     def attach(self, engine: Engine) -> None:
         """Name the engine that serves; it was built with `emit` as its callback."""
         self._engine = engine
+
+    async def close(self) -> None:
+        """End the processes in which grammars are tried."""
+        for held in list(self._held.values()):
+            self._let_go(held)
+        await self._gate.close()
+
+    @property
+    def grammar_gate(self) -> GrammarGate:
+        """Where grammars are tried."""
+        return self._gate
 
     @property
     def _attached(self) -> Engine:
@@ -58,10 +94,17 @@ class VerifierService(
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, server.grpc)
 
     def _submit_disconnect(self, connection: int) -> None:
+        for held in list(self._held.values()):
+            if held.command.connection == connection:
+                self._let_go(held)
         self._attached.submit(Disconnect(connection))
 
     def _submit_drain(self) -> None:
         self._attached.submit(Drain())
+        for held in list(self._held.values()):
+            # Refused there, like whatever comes from now on.
+            self._let_go(held)
+            self._attached.submit(held.command)
 
     async def GetTokenizer(
         self,
@@ -90,16 +133,88 @@ class VerifierService(
         engine = self._attached
         for message in request.opens:
             try:
-                engine.submit(Open(connection, wire.session_from_pb(message)))
+                self._open(Open(connection, wire.session_from_pb(message)), mailbox)
             except InvalidRequest as error:
                 mailbox.put(Outputs(rejections=[_invalid(message, error)]))
         for row in request.drafts:
             draft = wire.draft_from_bytes(row.draft)
             engine.submit(Offer(connection, row.session, row.source, draft))
         for resync in request.resyncs:
-            engine.submit(Repeat(connection, wire.resync_from_pb(resync)))
+            held = self._held.get(resync.session)
+            # The engine would not know it; it has missed nothing, since nothing was committed.
+            if held is None or held.spec.epoch != resync.epoch:
+                engine.submit(Repeat(connection, wire.resync_from_pb(resync)))
         for abort in request.aborts:
+            held = self._held.get(abort.session)
+            if (
+                held is not None
+                and held.command.connection == connection
+                and held.spec.epoch <= abort.epoch
+            ):
+                self._let_go(held)
             engine.submit(Abort(connection, abort.session, abort.epoch))
+
+    def _open(self, command: Open, mailbox: Mailbox[Any]) -> None:
+        """Hand a session to the engine, at once or when its grammar is known to be fine."""
+        spec = command.spec
+        held = self._held.get(spec.session)
+        if held is not None and spec.epoch <= held.spec.epoch:
+            text = f"epoch {spec.epoch} is not newer than {held.spec.epoch}"
+            _refuse(mailbox, spec, RejectionCode.STALE_EPOCH, text, current_epoch=held.spec.epoch)
+            return
+        if held is not None:
+            self._let_go(held)
+            text = "another orchestrator or a newer placement took the session over"
+            _refuse(
+                held.mailbox,
+                held.spec,
+                RejectionCode.STALE_EPOCH,
+                text,
+                current_epoch=spec.epoch,
+            )
+        grammar = spec.sampling.grammar
+        # While draining, the engine refuses what it gets: nothing is worth a trial.
+        if grammar is None or self._draining:
+            self._attached.submit(command)
+            return
+        held = _Held(command, mailbox)
+        known = self._gate.known(grammar)
+        if known is not None:
+            self._decide(held, known)
+            return
+        self._held[spec.session] = held
+        held.task = self._loop.create_task(self._hold(held, grammar))
+
+    async def _hold(self, held: _Held, grammar: Grammar) -> None:
+        verdict = await self._gate.verdict(grammar)
+        # Whoever lets go of it has cancelled this task.
+        del self._held[held.spec.session]
+        self._decide(held, verdict)
+
+    def _decide(self, held: _Held, verdict: Verdict) -> None:
+        if verdict.code is None:
+            self._attached.submit(held.command)
+        else:
+            _refuse(held.mailbox, held.spec, verdict.code, verdict.message, field=verdict.field)
+
+    def _let_go(self, held: _Held) -> None:
+        """Forget a session whose grammar is being tried: the engine will not hear of it."""
+        del self._held[held.spec.session]
+        if held.task is not None:
+            held.task.cancel()
+
+
+def _refuse(
+    mailbox: Mailbox[Any],
+    spec: SessionSpec,
+    code: RejectionCode,
+    message: str,
+    *,
+    field: str = "",
+    current_epoch: int = 0,
+) -> None:
+    rejection = reject(spec, code, message, field, current_epoch)
+    mailbox.put(Outputs(rejections=[rejection]))
 
 
 def _invalid(message: verifier_pb2.OpenSession, error: InvalidRequest) -> Rejection:

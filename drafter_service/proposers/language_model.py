@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from drafter_service.mirror import Mirror
+from outrider.config import Quantize
 from outrider.domain import ModelInfo
 from outrider.draft_tree import Advance, Node
 from outrider.model.info import model_info
@@ -208,6 +209,7 @@ def load_language_model_proposer(
     spec: str,
     *,
     dtype: Dtype,
+    quantize: Quantize,
     device: Device,
     compiled: bool,
     cache_dir: Path,
@@ -218,7 +220,7 @@ def load_language_model_proposer(
     """Load a draft model. Raises `ModelLoadError`."""
     set_threads(threads)
     model = load_language_model(
-        spec, dtype=dtype, device=device, compiled=compiled, cache_dir=cache_dir
+        spec, dtype=dtype, quantize=quantize, device=device, compiled=compiled, cache_dir=cache_dir
     )
     info = model_info(model, proposer="language-model")
     return LanguageModelProposer(model, info, leaves_max=leaves_max, kv_tokens_max=kv_tokens_max)

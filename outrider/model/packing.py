@@ -89,7 +89,7 @@ def packing(
     """
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return None
-    ours = TiledLinear if native.has_linear(device, dtype) else None
+    ours = TiledLinear if native.has_operators(device, dtype) else None
     if ours is not None and (dtype == torch.float32 or compiled):
         return ours
     probe = nn.Linear(16, 16, device=device, dtype=dtype)

@@ -2,6 +2,9 @@
 
     random:NAME?seed=1&layers=2&hidden=64&heads=4&kv_heads=2&length_max=2048&arch=llama
 
+`arch` is llama, qwen3, mistral or gemma3; the last two attend within a sliding window of `window`
+tokens, which by default is as wide as the longest text.
+
 Weights are a function of the seed and the parameter's name, so a model with fewer layers is the
 bottom of one with more. `noise` (a fraction of each weight's spread) and `noise_seed` perturb
 the weights: that is how a draft model is made that agrees with its target only partly. For the
@@ -26,6 +29,7 @@ from outrider.tokenizer import BYTE_SPECIAL_TOKENS, BYTE_VOCABULARY_SIZE
 PREFIX = "random:"
 
 _ARCHITECTURES = ("llama", "qwen3", "mistral", "gemma3")
+_ARCHITECTURES_SLIDING = ("mistral", "gemma3")
 
 # Spread of the weights, found by trial: next-token distributions of 2.3 nats in the mean, greedy
 # text that neither repeats one token nor falls into a short loop, and less than two near-ties
@@ -49,6 +53,8 @@ class RandomSpec:
     noise: float = 0.0
     noise_seed: int = 1
     arch: str = "llama"
+    window: int = 0
+    """Width of the sliding window in tokens; 0: as wide as the longest text."""
 
     def __post_init__(self) -> None:
         if self.arch not in _ARCHITECTURES:
@@ -59,6 +65,14 @@ class RandomSpec:
         if self.hidden % (2 * self.heads) or self.heads % self.kv_heads:
             raise ModelLoadError(
                 "hidden must be an even multiple of heads, and heads a multiple of kv_heads"
+            )
+        if not 0 <= self.window <= self.length_max:
+            raise ModelLoadError(
+                f"window must lie between 0 and {self.length_max}, got {self.window}"
+            )
+        if self.window and self.arch not in _ARCHITECTURES_SLIDING:
+            raise ModelLoadError(
+                f"window is for arch {' and '.join(_ARCHITECTURES_SLIDING)}; {self.arch} has none"
             )
         if not 0.0 <= self.noise <= 100.0:
             raise ModelLoadError(f"noise must lie between 0 and 100, got {self.noise}")
@@ -99,7 +113,9 @@ def build_random_model(spec: RandomSpec, attention: str) -> PreTrainedModel:
 
 def _config(spec: RandomSpec) -> Any:
     arch = "gemma3_text" if spec.arch == "gemma3" else spec.arch
-    window = {} if spec.arch in ("llama", "qwen3") else {"sliding_window": spec.length_max}
+    window = {}
+    if spec.arch in _ARCHITECTURES_SLIDING:
+        window["sliding_window"] = spec.window or spec.length_max
     return AutoConfig.for_model(
         arch,
         vocab_size=BYTE_VOCABULARY_SIZE,

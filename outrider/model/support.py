@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -43,6 +44,36 @@ def check_config(config: Any) -> None:
             )
 
 
+def check_windows(config: Any, windows: Sequence[int | None], length_max: int) -> None:
+    """Refuse a model whose configuration narrows a layer's view, while its attention does not say.
+
+    Sliding windows are supported where each layer hands its own to the attention interface, as
+    `windows` shows. Some architectures narrow the mask alone, which is not used here: they would
+    be right up to the window's width and wrong for longer texts. Raises ModelLoadError.
+    """
+    text = config.get_text_config(decoder=True)
+    stated = getattr(text, "sliding_window", None)
+    narrow = isinstance(stated, int) and 0 < stated < length_max
+    kinds = getattr(text, "layer_types", None)
+    if not kinds:
+        if narrow and getattr(text, "use_sliding_window", True) and not any(windows):
+            raise ModelLoadError(
+                f"it attends within a sliding window of {stated} tokens, less than its maximum"
+                f" length of {length_max}, but its layers do not hand it to their attention"
+            )
+        return
+    for layer, (kind, window) in enumerate(zip(kinds, windows, strict=False)):
+        if kind == "sliding_attention" and narrow and window is None:
+            raise ModelLoadError(
+                f"its layer {layer} has a sliding window of {stated} tokens, less than its"
+                f" maximum length of {length_max}, but does not hand it to its attention"
+            )
+        if kind == "chunked_attention":
+            raise ModelLoadError(
+                f"its layer {layer} attends within chunks of the text, which is not supported"
+            )
+
+
 def check_model(model: TransformersModel) -> None:
     """Run a small pass and see that every layer uses our attention, and rightly so.
 
@@ -52,6 +83,7 @@ def check_model(model: TransformersModel) -> None:
     check_config(model.module.config)
     try:
         model.probe()
+        check_windows(model.module.config, model.windows, model.length_max)
         ours, theirs = _our_logits(model), _their_logits(model)
     except ModelLoadError:
         raise
@@ -83,7 +115,7 @@ def _tokens(model: TransformersModel) -> tuple[list[int], list[int]]:
 def _our_logits(model: TransformersModel) -> torch.Tensor:
     """[6, vocabulary]: the prefix's, then the tree's."""
     prefix, tree = _tokens(model)
-    cache = model.new_cache()
+    cache = model.new_pool(_PREFIX_SIZE + len(_TREE_PARENTS)).new_cache()
     try:
         return torch.cat(
             [

@@ -104,6 +104,14 @@ def engine_options(command: F) -> F:
             help="Precision of weights and activations.",
         ),
         click.option(
+            "--quantize",
+            type=click.Choice(["none", "int8"]),
+            default="none",
+            show_default=True,
+            help="Keep the weights of linear layers as 8-bit integers: saves memory, costs some"
+            " accuracy; on a CPU steps of few tokens take longer than without. Needs torchao.",
+        ),
+        click.option(
             "--device",
             type=click.Choice(["auto", "cpu", "cuda"]),
             default="auto",

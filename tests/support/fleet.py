@@ -100,6 +100,7 @@ async def verifier(
         model.tokenizer_files,
         incarnation=secrets.token_hex(8),
         sessions_max=config.sessions_max,
+        grammar_timeout_s=config.grammar_timeout_s,
     )
     engine = Engine(model, config, service.emit, rule=rule, times=times or FlatTimes())
     service.attach(engine)
@@ -113,6 +114,7 @@ async def verifier(
         yield RunningVerifier(address, engine, server, service)
     finally:
         await server.stop(0)
+        await service.close()
         engine.stop()
 
 

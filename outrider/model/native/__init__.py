@@ -43,16 +43,11 @@ FOLDER = "OUTRIDER_NATIVE_CACHE"
 """Environment variable: where built operators are kept, if not beside the models."""
 
 
-def has_attention(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if `torch.ops.outrider.attend` is there and takes this precision."""
+def has_operators(device: torch.device, dtype: torch.dtype) -> bool:
+    """True if the operators are there for this device and precision."""
     if device.type != "cpu" or dtype not in (torch.float32, torch.bfloat16):
         return False
     return available()
-
-
-def has_linear(device: torch.device, dtype: torch.dtype) -> bool:
-    """True if `torch.ops.outrider.packed_linear` is there and takes this precision."""
-    return has_attention(device, dtype)
 
 
 @functools.cache

@@ -17,6 +17,10 @@
 #include <type_traits>
 #include <vector>
 
+#if defined(__FMA__) && defined(__AVX__)
+#include <immintrin.h>
+#endif
+
 namespace {
 
 using at::Tensor;
@@ -65,6 +69,17 @@ inline float largest(Floats values) {
 }
 
 inline Floats splat(float value) { return value - Floats{}; }
+
+// a * b + c. Written out where the machine has it: left to contraction, some compilers fuse or not depending on how
+// many sums a loop has (avoid-fma-chains of GCC), so that a row would be rounded by the size of its company.
+inline Floats fused(Floats a, Floats b, Floats c) {
+#if defined(__FMA__) && defined(__AVX__)
+  return reinterpret_cast<Floats>(
+      _mm256_fmadd_ps(reinterpret_cast<__m256>(a), reinterpret_cast<__m256>(b), reinterpret_cast<__m256>(c)));
+#else
+  return a * b + c;
+#endif
+}
 
 // exp for arguments in (-inf, 0], relative error below 2e-7 (Cephes' polynomial).
 inline Floats exp_below_zero(Floats x) {
@@ -218,8 +233,8 @@ struct Worker {
         const Floats one = load(k + d), two = load(k + stride + d);
         for (int64_t i = 0; i < kCount; ++i) {
           const Floats x = load(query + i * padded + d);
-          acc[i][0] += x * one;
-          acc[i][1] += x * two;
+          acc[i][0] = fused(x, one, acc[i][0]);
+          acc[i][1] = fused(x, two, acc[i][1]);
         }
       }
       for (int64_t i = 0; i < kCount; i += 2) {
@@ -235,7 +250,7 @@ struct Worker {
     for (; key < size; ++key, k += stride)
       for (int64_t i = 0; i < kCount; ++i) {
         Floats acc{};
-        for (int64_t d = 0; d < padded; d += kLanes) acc += load(query + i * padded + d) * load(k + d);
+        for (int64_t d = 0; d < padded; d += kLanes) acc = fused(load(query + i * padded + d), load(k + d), acc);
         scores[i * kBlock + key] = total(acc);
       }
   }
@@ -285,7 +300,7 @@ struct Worker {
       const S* from = v + d;
       for (int64_t key = 0; key < size; ++key, from += stride) {
         const Floats value = load(from);
-        for (int64_t i = 0; i < kCount; ++i) acc[i] += scores[i * kBlock + key] * value;
+        for (int64_t i = 0; i < kCount; ++i) acc[i] = fused(splat(scores[i * kBlock + key]), value, acc[i]);
       }
       for (int64_t i = 0; i < kCount; ++i) store(sum + i * padded + d, acc[i]);
     }
@@ -411,8 +426,8 @@ void tile_product(const float* x, const typename Panel<T>::Word* panel, const fl
     Panel<T>::widen(panel, low, high);
     for (int64_t row = 0; row < kRows; ++row) {
       const Floats factor = splat(x[row * inputs + input]);
-      sums[row][0] += factor * low;
-      sums[row][1] += factor * high;
+      sums[row][0] = fused(factor, low, sums[row][0]);
+      sums[row][1] = fused(factor, high, sums[row][1]);
     }
   }
   const int64_t count = std::min(kPanel, outputs - first);
@@ -468,16 +483,47 @@ Tensor packed_linear(const Tensor& x_in, const Tensor& packed, const std::option
   return out;
 }
 
+// --- sampling ----------------------------------------------------------------------------------------
+
+// Sum of exp((logit - best) * rate) of each row, logits float32 [rows, vocabulary], best and rates float32 [rows];
+// float64 [rows], within 1e-6 of the true sum. Lanes and blocks of a row are summed by themselves.
+Tensor masses(const Tensor& logits_in, const Tensor& best, const Tensor& rates) {
+  const Tensor logits = logits_in.contiguous();
+  const int64_t rows = logits.size(0), size = logits.size(1), whole = size / kLanes * kLanes;
+  Tensor sums = at::empty({rows}, logits.options().dtype(at::kDouble));
+  const float* from = logits.const_data_ptr<float>();
+  const float* tops = best.const_data_ptr<float>();
+  const float* factors = rates.const_data_ptr<float>();
+  double* to = sums.mutable_data_ptr<double>();
+  at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t row = begin; row < end; ++row) {
+      const float* at = from + row * size;
+      double sum = 0;
+      for (int64_t start = 0; start < whole; start += 64 * kLanes) {
+        Floats block{};
+        for (int64_t i = start; i < std::min(whole, start + 64 * kLanes); i += kLanes)
+          block += exp_below_zero((load(at + i) - tops[row]) * factors[row]);
+        sum += total(block);
+      }
+      for (int64_t i = whole; i < size; ++i) sum += std::exp((at[i] - tops[row]) * factors[row]);
+      to[row] = sum;
+    }
+  });
+  return sums;
+}
+
 }  // namespace
 
 TORCH_LIBRARY(outrider, library) {
   library.def("attend(Tensor query, Tensor key, Tensor value, Tensor plan, SymInt layer, float scaling) -> Tensor");
+  library.def("masses(Tensor logits, Tensor best, Tensor rates) -> Tensor");
   library.def("pack_weight(Tensor weight) -> Tensor");
   library.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, SymInt outputs) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(outrider, CPU, library) {
   library.impl("attend", &attend);
+  library.impl("masses", &masses);
   library.impl("pack_weight", &pack_weight);
   library.impl("packed_linear", &packed_linear);
 }

@@ -15,7 +15,8 @@ from drafter_service.mirror import Mirror
 from drafter_service.proposers.language_model import LanguageModelProposer
 from outrider.domain import BindSpec, Commit, DraftBudget, ModelInfo, SamplingParams
 from outrider.draft_tree import Node, draft_fault
-from outrider.model.kv_cache import SessionCache
+from outrider.kv_blocks import BLOCK_TOKENS
+from outrider.model.kv_cache import KvPool, SessionCache
 from outrider.model.language_model import LanguageModel, Row
 from outrider.model.loading import load_language_model
 from outrider.model.sampling import sample_nodes
@@ -57,9 +58,16 @@ class Watched:
     def __getattr__(self, name: str) -> Any:
         return getattr(self._model, name)
 
-    def new_cache(self) -> SessionCache:
-        self.caches.append(self._model.new_cache())
-        return self.caches[-1]
+    def new_pool(self, tokens_max: int | None = None) -> KvPool:
+        pool = self._model.new_pool(tokens_max)
+        make = pool.new_cache
+
+        def remember(salt: str | None = None) -> SessionCache:
+            self.caches.append(make(salt))
+            return self.caches[-1]
+
+        pool.new_cache = remember  # type: ignore[method-assign]
+        return pool
 
     def forward(self, rows: Sequence[Row]) -> Any:
         self.passes.append([len(row.tokens) for row in rows])
@@ -313,9 +321,14 @@ def test_a_closed_session_gives_its_memory_back(model: LanguageModel) -> None:
     proposer = proposer_of(watched)
     mirror = opened(proposer, spec_of(GREEDY))
     proposer.grow([mirror])
-    assert watched.caches[0].bytes > 0
+    (cache,) = watched.caches
+    used = cache.pool.tokens_used
+    assert len(cache.blocks) > 0
+    blocks = len(cache.blocks)
     proposer.close(mirror)
-    assert watched.caches[0].bytes == 0
+    assert cache.pool.tokens_used == used - blocks * BLOCK_TOKENS
+    with pytest.raises(RuntimeError, match="released"):
+        cache.reserve(1)
     proposer.close(mirror)
     assert proposer.grow([]) is False
 

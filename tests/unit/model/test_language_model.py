@@ -13,6 +13,8 @@ from typing import Any
 import pytest
 import torch
 
+from outrider.kv_blocks import OutOfBlocks
+from outrider.model import native
 from outrider.model.kv_cache import SessionCache
 from outrider.model.language_model import Row, TransformersModel
 from outrider.model.loading import load_language_model
@@ -91,7 +93,7 @@ def test_prefill_in_chunks_equals_one_plain_pass(
     assert cache.prefix_length == len(PROMPT)
 
 
-def test_a_long_text_outgrows_the_first_buffer(model: TransformersModel, plain: Any) -> None:
+def test_a_long_text_outgrows_a_block(model: TransformersModel, plain: Any) -> None:
     tokens = [index * 7 % 256 for index in range(150)]
     cache = model.new_cache()
     parts = [
@@ -204,13 +206,83 @@ def test_other_architectures_and_head_groups(arch: str) -> None:
     check_tree(logits, plain, PROMPT, TREE, PARENTS, range(6))
 
 
+@pytest.mark.parametrize("attends", ["native", "gathered"])
+@pytest.mark.parametrize(
+    ("arch", "window", "layers"),
+    [("mistral", 1, 2), ("mistral", 2, 2), ("mistral", 7, 3), ("mistral", 32, 2), ("gemma3", 9, 7)],
+)
+def test_sliding_windows_are_those_of_transformers(
+    arch: str, window: int, layers: int, attends: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if attends == "gathered":
+        monkeypatch.setattr(native, "available", lambda: False)
+    elif not native.available():
+        pytest.skip("no C++ compiler is found: the CPU operators cannot be built")
+    spec = f"random:tiny?seed=4&arch={arch}&layers={layers}&window={window}&length_max=256"
+    model, plain = load(spec), build_random_model(parse_random_spec(spec), "eager").eval()
+    # Of Gemma's layers, every sixth sees everything.
+    full = [layer for layer in range(layers) if arch == "gemma3" and layer % 6 == 5]
+    assert [layer for layer in range(layers) if model.windows[layer] is None] == full
+    assert set(model.windows) - {None} == {window}
+    text = [index * 7 % 256 for index in range(3 * window + 40)]
+    cache, parts = model.new_cache(), []
+    for begin, end in ((0, 33), (33, 34), (34, len(text))):
+        chunk = text[begin:end]
+        parts.append(model.forward([Row(cache, chunk, None, range(len(chunk)))]))
+    expected = reference(plain, text)
+    torch.testing.assert_close(torch.cat(parts), expected, atol=TOLERANCE, rtol=0)
+    # It matters: without the window the end of the text would be told otherwise.
+    wide = build_random_model(parse_random_spec(spec.replace(f"&window={window}", "")), "eager")
+    assert float((reference(wide.eval(), text)[-1] - expected[-1]).abs().max()) > 0.01
+    # A tree deeper than the window, grown in two passes, and on after its path.
+    tokens = [10 + slot for slot in range(window + 8)]
+    parents = [-1, 0, 0, 1, 3, 4, *range(5, window + 7)]
+    logits = model.forward([Row(cache, tokens[:5], parents[:5], range(5))])
+    check_tree(logits, plain, text, tokens, parents, range(5))
+    logits = model.forward([Row(cache, tokens[5:], parents[5:], range(len(tokens) - 5))])
+    check_tree(logits, plain, text, tokens, parents, range(5, len(tokens)))
+    cache.advance([0, 1, 3], [4, 5])
+    logits = model.forward([Row(cache, [99], [1], [0])])
+    path = [*text, *(tokens[slot] for slot in (0, 1, 3, 4, 5)), 99]
+    torch.testing.assert_close(logits[0], reference(plain, path)[-1], atol=TOLERANCE, rtol=0)
+
+
+def test_a_prefix_of_others_gives_the_same_logits(model: TransformersModel, plain: Any) -> None:
+    text = [index * 7 % 256 for index in range(80)]
+    pool = model.new_pool(256)
+    owner, cache = pool.new_cache(""), pool.new_cache("")
+    model.forward([Row(owner, text)])
+    owner.publish(text)
+    assert cache.adopt(text) == 64
+    logits = model.forward([Row(cache, text[64:], None, range(16)), Row(owner, [5], None, [0])])
+    expected = torch.cat([reference(plain, text)[64:], reference(plain, [*text, 5])[-1:]])
+    torch.testing.assert_close(logits, expected, atol=TOLERANCE, rtol=0)
+    owner.release()
+    cache.release()
+    assert pool.tokens_used == 0
+
+
+def test_a_pass_without_room_changes_no_cache(model: TransformersModel) -> None:
+    pool = model.new_pool(96)
+    caches = [pool.new_cache() for _ in range(3)]
+    model.forward([Row(cache, PROMPT) for cache in caches[:2]])
+    rows = [Row(caches[0], [1], None, [0]), Row(caches[1], TREE, PARENTS), Row(caches[2], [1] * 40)]
+    with pytest.raises(OutOfBlocks, match="2 blocks"):
+        model.forward(rows)
+    assert [(cache.prefix_length, cache.tree_size) for cache in caches] == [(8, 0), (8, 0), (0, 0)]
+    model.forward(rows[:2])
+    for cache in caches:
+        cache.release()
+    assert pool.tokens_used == 0
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lower_precision_stays_near(dtype: str, plain: Any) -> None:
     model = load(SPEC, dtype)
     cache = prefilled(model)
     logits = model.forward([Row(cache, TREE, PARENTS, range(6))])
     assert logits.dtype == torch.float32
-    assert cache.buffer.dtype == getattr(torch, dtype)
+    assert cache.pool.buffer.dtype == getattr(torch, dtype)
     for slot in range(6):
         expected = reference(plain, [*PROMPT, *path_to(TREE, PARENTS, slot)])[-1]
         deviation = (logits[slot] - expected).square().mean().sqrt() / expected.std()
@@ -234,7 +306,7 @@ def test_wrong_rows_raise_and_change_no_cache(model: TransformersModel) -> None:
         (Row(bad, [1], [0], [1]), ValueError, "wanted"),
         (Row(bad, [1], [0], [-1]), ValueError, "wanted"),
         (Row(good, [1], None), ValueError, "only once"),
-        (Row(stranger, [1], None), ValueError, "another model"),
+        (Row(stranger, [1], None), ValueError, "share one pool"),
         (Row(full, [1], [-1]), ValueError, "maximum length"),
         (Row(released, [1], None), RuntimeError, "released"),
     ]
@@ -243,6 +315,12 @@ def test_wrong_rows_raise_and_change_no_cache(model: TransformersModel) -> None:
             model.forward([Row(good, [1], None, [0]), row])
         assert (good.prefix_length, good.tree_size) == (len(PROMPT), 0)
         assert (bad.prefix_length, bad.tree_size) == (len(PROMPT), 1)
+
+
+def test_a_cache_of_another_model_is_refused(model: TransformersModel) -> None:
+    stranger = load("random:tiny?layers=1").new_cache()
+    with pytest.raises(ValueError, match="another model"):
+        model.forward([Row(stranger, [1], None)])
 
 
 def test_the_last_position_can_be_used(model: TransformersModel) -> None:
@@ -254,5 +332,6 @@ def test_what_a_model_says_about_itself(model: TransformersModel) -> None:
     assert (model.name, model.vocabulary_size, model.length_max) == ("tiny", 260, 2048)
     assert (model.dtype, model.device.type) == ("float32", "cpu")
     assert model.kv_bytes_per_token == 3 * 2 * 2 * 16 * 4
-    cache = prefilled(model)
-    assert cache.bytes == cache.capacity * model.kv_bytes_per_token
+    pool = model.new_pool(100)
+    assert (pool.tokens_max, pool.layout) == (128, model.layout)
+    assert pool.buffer.nbytes == 128 * model.kv_bytes_per_token

@@ -16,14 +16,15 @@ from typing import Any
 import pytest
 import torch
 from tokenizers import Tokenizer
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
 from outrider.errors import ModelLoadError
-from outrider.model import loading, packaged
-from outrider.model.language_model import LanguageModel, Row
+from outrider.model import loading, native, packaged
+from outrider.model.language_model import LanguageModel, Row, TransformersModel
 from outrider.model.loading import load_language_model, resolve_model
-from outrider.model.packing import PackedLinear, can_pack, pack_linears
+from outrider.model.packing import packing
 from outrider.model.random_model import build_random_model, parse_random_spec
+from outrider.model.support import check_windows
 from outrider.tokenizer import (
     BYTE_VOCABULARY_SIZE,
     byte_tokenizer,
@@ -84,6 +85,9 @@ def test_what_does_not_exist_is_named_and_the_forms_are_listed(spec: str) -> Non
         ("random:x?heads=3", "multiple of heads"),
         ("random:x?noise=nan", "noise must lie"),
         ("random:x?arch=gpt9", "arch must be one of"),
+        ("random:x?window=8", "window is for arch mistral and gemma3; llama has none"),
+        ("random:x?arch=mistral&window=-1", "window must lie between 0 and 2048"),
+        ("random:x?arch=gemma3&window=65&length_max=64", "window must lie between 0 and 64"),
     ],
 )
 def test_wrong_random_specs_say_why(spec: str, reason: str) -> None:
@@ -112,9 +116,16 @@ def test_a_random_model_depends_on_its_spec_alone() -> None:
 
 def test_fingerprint_depends_on_dtype_and_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     fingerprints = {load(SPEC, dtype=dtype).model_fingerprint for dtype in ("float32", "float16")}
-    monkeypatch.setattr(loading, "can_pack", lambda *_: False)
-    fingerprints.add(load(SPEC).model_fingerprint)
-    assert len(fingerprints) == (3 if can_pack(torch.float32, torch.device("cpu")) else 2)
+    cpu = torch.device("cpu")
+    kernels = 2 + (packing(torch.float32, cpu) is not None)
+    kernels += native.has_operators(cpu, torch.float32)
+    with monkeypatch.context() as patch:
+        patch.setattr(loading, "packing", lambda *_, **__: None)
+        fingerprints.add(load(SPEC).model_fingerprint)
+    with monkeypatch.context() as patch:
+        patch.setattr(native, "available", lambda: False)
+        fingerprints.add(load(SPEC).model_fingerprint)
+    assert len(fingerprints) == kernels
 
 
 def test_random_text_is_peaked_but_varied() -> None:
@@ -197,12 +208,87 @@ def test_unsupported_configurations_are_refused(
     assert f"'{folder}'" in str(caught.value)
 
 
-def test_a_sliding_window_is_refused_if_it_ever_matters(tmp_path: Path) -> None:
-    spec = "random:tiny?seed=1&arch=mistral"
-    folder = save_folder(tmp_path / "narrow", spec, sliding_window=2047)
-    with pytest.raises(ModelLoadError, match="sliding window of 2047"):
-        load(str(folder), tmp_path)
-    assert load(str(save_folder(tmp_path / "wide", spec, sliding_window=2048)), tmp_path)
+@pytest.mark.parametrize(
+    ("window", "known"), [(100, 100), (2047, 2047), (2048, None), (1 << 20, None)]
+)
+def test_a_sliding_window_is_taken_from_the_configuration(
+    tmp_path: Path, window: int, known: int | None
+) -> None:
+    folder = save_folder(tmp_path / "m", "random:tiny?seed=1&arch=mistral", sliding_window=window)
+    model = load(str(folder), tmp_path)
+    assert isinstance(model, TransformersModel)
+    # One that no text outgrows is none.
+    assert model.windows == (known, known)
+
+
+@pytest.mark.parametrize(
+    ("config", "windows", "reason"),
+    [
+        ({"sliding_window": 64}, (None, None), "window of 64 tokens, .* of 2048"),
+        ({"sliding_window": 64}, (64, 64), None),
+        ({"sliding_window": 64}, (64, None), None),
+        ({"sliding_window": 2048}, (None, None), None),
+        ({"sliding_window": None}, (None, None), None),
+        ({"sliding_window": 64, "use_sliding_window": False}, (None, None), None),
+        (
+            {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
+            (None, None),
+            "layer 1 has a sliding window of 64 tokens",
+        ),
+        (
+            {"sliding_window": 64, "layer_types": ["full_attention", "sliding_attention"]},
+            (None, 64),
+            None,
+        ),
+        (
+            {"sliding_window": 4096, "layer_types": ["sliding_attention"] * 2},
+            (None, None),
+            None,
+        ),
+        (
+            {"layer_types": ["full_attention", "chunked_attention"]},
+            (None, None),
+            "layer 1 attends within chunks",
+        ),
+        ({}, (None, None), None),
+    ],
+)
+def test_a_narrow_view_must_be_known_to_the_attention(
+    config: dict[str, Any], windows: tuple[int | None, ...], reason: str | None
+) -> None:
+    stated = LlamaConfig(num_hidden_layers=2, **config)
+    if reason is None:
+        check_windows(stated, windows, 2048)
+        return
+    with pytest.raises(ModelLoadError, match=reason):
+        check_windows(stated, windows, 2048)
+
+
+def test_a_model_whose_mask_alone_is_narrow_is_refused(tmp_path: Path) -> None:
+    sizes = {
+        "vocab_size": 260,
+        "hidden_size": 32,
+        "intermediate_size": 32,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "num_local_experts": 2,
+        "num_experts_per_tok": 2,
+        "max_position_embeddings": 512,
+        "pad_token_id": 0,
+        "bos_token_id": 256,
+        "eos_token_id": 258,
+    }
+    for window in (64, 512):
+        folder = tmp_path / str(window)
+        config = AutoConfig.for_model("phimoe", **sizes, sliding_window=window)
+        AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+        for name, content in byte_tokenizer_files().items():
+            (folder / name).write_bytes(content)
+    with pytest.raises(ModelLoadError, match="sliding window of 64 tokens"):
+        load(str(tmp_path / "64"), tmp_path)
+    # The window alone was the reason.
+    load(str(tmp_path / "512"), tmp_path)
 
 
 @pytest.mark.parametrize(
@@ -252,23 +338,6 @@ def test_missing_weights_are_not_made_up(tmp_path: Path) -> None:
     folder = save_folder(tmp_path / "mine", num_hidden_layers=3)
     with pytest.raises(ModelLoadError, match="weights are missing"):
         load(str(folder), tmp_path)
-
-
-@pytest.mark.skipif(
-    not can_pack(torch.float32, torch.device("cpu")), reason="no packed kernels here"
-)
-@pytest.mark.parametrize("bias", [False, True])
-def test_packed_linears_compute_the_same(bias: bool) -> None:
-    plain = torch.nn.Linear(48, 80, bias=bias)
-    packed = torch.nn.ModuleDict({"a": torch.nn.Sequential(torch.nn.Linear(48, 80, bias=bias))})
-    packed.load_state_dict({f"a.0.{name}": value for name, value in plain.state_dict().items()})
-    pack_linears(packed)
-    layer = packed["a"].get_submodule("0")
-    assert isinstance(layer, PackedLinear)
-    with torch.inference_mode():
-        for rows in (0, 1, 2, 3, 8, 33):
-            inputs = torch.randn(1, rows, 48)
-            torch.testing.assert_close(layer(inputs), plain(inputs), atol=1e-5, rtol=0)
 
 
 def test_byte_tokenizer_maps_bytes_to_themselves() -> None:

@@ -20,7 +20,7 @@ SPEC = SessionSpec(
     tokens_max=10,
     stop_ids=frozenset({99}),
 )
-CONFIG = EngineConfig(sessions_max=2, kv_tokens_max=40)
+CONFIG = EngineConfig(sessions_max=2)
 
 
 def refusal(
@@ -30,9 +30,10 @@ def refusal(
     known_epoch: int = 0,
     draining: bool = False,
     config: EngineConfig = CONFIG,
-    length_max: int = 50,
+    length_max: int = 200,
+    kv_tokens_max: int = 128,
 ) -> Rejection | None:
-    admission = Admission(config, vocabulary_size=100, length_max=length_max)
+    admission = Admission(config, 100, length_max, kv_tokens_max)
     beside = [replace(SPEC, session=100 + number) for number in range(others)]
     return admission.refusal(spec, others=beside, known_epoch=known_epoch, draining=draining)
 
@@ -43,9 +44,10 @@ def test_a_session_that_fits_is_taken() -> None:
     assert refusal(known_epoch=2) is None
 
 
-def test_the_whole_output_is_reserved() -> None:
+def test_the_whole_output_is_counted_in_whole_blocks() -> None:
     # Committed tokens count within tokens_max.
-    assert kv_need(SPEC) == 13
+    needs = [kv_need(replace(SPEC, tokens_max=count)) for count in (10, 29, 30, 61, 62)]
+    assert needs == [32, 32, 64, 64, 96]
 
 
 @pytest.mark.parametrize("known_epoch", [3, 4])
@@ -71,8 +73,8 @@ def test_a_draining_verifier_takes_nothing() -> None:
         ({"stop_ids": frozenset({100})}, "stop_ids", "100"),
         ({"tokens_max": 1}, "tokens_max", "nothing"),
         ({"tokens_max": 0}, "tokens_max", "nothing"),
-        ({"tokens_max": 48}, "tokens_max", "51"),
-        ({"tokens_max": 38}, "tokens_max", "41"),
+        ({"tokens_max": 198}, "tokens_max", "201"),
+        ({"tokens_max": 126}, "tokens_max", "160"),
     ],
 )
 def test_what_is_wrong_is_named(change: dict[str, object], field: str, word: str) -> None:
@@ -83,7 +85,8 @@ def test_what_is_wrong_is_named(change: dict[str, object], field: str, word: str
 
 
 def test_the_limits_themselves_are_allowed() -> None:
-    assert refusal(replace(SPEC, tokens_max=37)) is None
+    assert refusal(replace(SPEC, tokens_max=125)) is None
+    assert refusal(replace(SPEC, tokens_max=197), kv_tokens_max=224) is None
     assert refusal(replace(SPEC, tokens_max=10), length_max=13) is None
     assert refusal(replace(SPEC, tokens_max=2)) is None
     assert refusal(replace(SPEC, prompt=(0, 99))) is None
@@ -91,9 +94,11 @@ def test_the_limits_themselves_are_allowed() -> None:
 
 def test_what_can_never_fit_is_invalid_not_exhausted() -> None:
     # Trying again later would not help, so the caller must not be told to.
-    answer = refusal(replace(SPEC, tokens_max=38), others=2)
-    assert answer is not None
-    assert answer.code is RejectionCode.INVALID
+    for overcommit in (1.0, 9.0):
+        config = EngineConfig(sessions_max=2, kv_overcommit=overcommit)
+        answer = refusal(replace(SPEC, tokens_max=126), others=2, config=config)
+        assert answer is not None
+        assert answer.code is RejectionCode.INVALID
 
 
 def test_a_full_verifier_says_so() -> None:
@@ -103,11 +108,21 @@ def test_a_full_verifier_says_so() -> None:
     assert "try again later" in answer.message
 
 
-def test_kv_that_is_taken_is_not_given_twice() -> None:
-    config = EngineConfig(sessions_max=9, kv_tokens_max=39)
-    assert refusal(others=2, config=config) is None
-    answer = refusal(replace(SPEC, tokens_max=11), others=2, config=config)
+@pytest.mark.parametrize(
+    ("overcommit", "promises_max"), [(1.0, 128), (0.5, 128), (1.5, 192), (2.0, 256), (2.4, 307)]
+)
+def test_kv_is_promised_up_to_the_overcommitment(overcommit: float, promises_max: int) -> None:
+    config = EngineConfig(sessions_max=99, kv_overcommit=overcommit)
+    # Each needs a block.
+    fits = promises_max // 32
+    assert refusal(others=fits - 1, config=config) is None
+    answer = refusal(others=fits, config=config)
     assert answer is not None
-    assert answer.code is RejectionCode.EXHAUSTED
-    assert "14" in answer.message
-    assert "26 of 39" in answer.message
+    assert (answer.code, answer.field) == (RejectionCode.EXHAUSTED, "")
+    assert "needs KV for up to 32 tokens" in answer.message
+    assert f"{fits * 32} of {promises_max}" in answer.message
+    larger = replace(SPEC, tokens_max=30)
+    assert refusal(larger, others=fits - 2, config=config) is None
+    answer = refusal(larger, others=fits - 1, config=config)
+    assert answer is not None
+    assert "64 tokens" in answer.message
