@@ -41,6 +41,8 @@ class Attempt:
     message: verifier_pb2.OpenSession
     excused: bool = False
     """It was aborted, or its connection left: perhaps it is never answered."""
+    alone: bool = True
+    """No other one was under way: what comes back is the answer to it."""
 
 
 @dataclass(slots=True)
@@ -91,7 +93,12 @@ class Ledger:
         """Take note of a message, in the order in which its parts are applied."""
         for message in request.opens:
             key = connection, message.session, message.epoch
-            self.attempts.setdefault(key, deque()).append(Attempt(message))
+            attempts = self.attempts.setdefault(key, deque())
+            attempts.append(Attempt(message))
+            if len(attempts) > 1:
+                # Answers overtake each other: what cannot be read is refused at once.
+                for attempt in attempts:
+                    attempt.alone = False
         for resync in request.resyncs:
             self._resyncs[connection, resync.session, resync.have_length] += 1
             # While an opening waits for its grammar, nobody is asked.
@@ -144,10 +151,9 @@ class Ledger:
         if not attempts:
             self._fault(f"{key} was opened without being asked for")
             return
-        certain = len({one.message.SerializeToString(deterministic=True) for one in attempts}) == 1
-        # What is still on its way may be of the one before.
-        certain = certain and key not in self.records
         attempt = attempts.popleft()
+        # What is still on its way may be of the one before.
+        certain = attempt.alone and key not in self.records
         if not attempts:
             del self.attempts[key]
         message = attempt.message
@@ -193,11 +199,11 @@ class Ledger:
                 self._end(record, "refused")
                 return
         if attempts:
-            message = attempts.popleft().message
+            attempt = attempts.popleft()
             if not attempts:
                 del self.attempts[key]
-            elsewhere = rejection.field in _BESIDE_CONTENT
-            if code == "invalid" and not elsewhere and self._case_of(message) is not None:
+            clear = attempt.alone and rejection.field not in _BESIDE_CONTENT
+            if code == "invalid" and clear and self._case_of(attempt.message) is not None:
                 self._fault(f"{key}: a sound request was refused: {rejection.message}")
         elif record is None:
             self._fault(f"{key} was refused without being asked for: {rejection.message}")

