@@ -54,7 +54,7 @@ _ANSWER_TIMEOUT_S = 20.0
 _RESTS = 5
 _ENDED_MAX = 1_024
 _SOURCES_MAX = 1_024
-_BLOCKS_SLACK = 20_000
+_BLOCKS_SLACK = 40_000
 _RESIDENT_MB_SLACK = 64.0
 _OF_SESSIONS = frozenset(
     {Session, Seat, Decider, GrammarState, DraftTree, Node, SessionCache, SessionCalibration}
@@ -192,8 +192,11 @@ class Fuzz:
         for _ in range(self._draw.randint(1, 10)):
             at = self._draw.randrange(len(self._connections))
             connection = self._connections[at]
-            if connection.ended or self._draw.random() < 0.002:
-                await self._leave(connection, self._draw.choice(("end", "cancel")))
+            # After what could not be read, nothing more is; it is to be noticed before all ends.
+            unreadable = connection.key in self._unreadable
+            if unreadable or connection.ended or self._draw.random() < 0.002:
+                how = "end" if unreadable else self._draw.choice(("end", "cancel"))
+                await self._leave(connection, how)
                 connection = self._connections[at] = self._connect(isinstance(connection, Socket))
             await self._say(connection)
         await self._pacer.one_pass()

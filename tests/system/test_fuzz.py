@@ -13,7 +13,7 @@ def nothing(result: Result) -> None:
 
 @pytest.mark.slow
 async def test_a_verifier_survives_its_stream():
-    result = await Fuzz(messages=10_000, seed=20_261_121, sockets=1, cases=32).run(nothing)
+    result = await Fuzz(messages=10_000, seed=1, sockets=1, cases=32).run(nothing)
     assert not result.faults
     assert result.clean
     # That it was worth something: all of this happened, and not just once or twice.
