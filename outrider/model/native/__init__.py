@@ -90,8 +90,8 @@ def _describe_to_compiler() -> None:
     ) -> torch.Tensor:
         return x.new_empty((x.shape[0], outputs))
 
-    torch.library.register_fake("outrider::attend", attend)
-    torch.library.register_fake("outrider::packed_linear", packed_linear)
+    for returns in (attend, packed_linear):
+        torch.library.register_fake("::".join(("outrider", returns.__name__)), returns)
 
 
 def _library(compiler: str) -> Path:
