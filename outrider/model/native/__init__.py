@@ -90,8 +90,8 @@ def _describe_to_compiler() -> None:
     ) -> torch.Tensor:
         return x.new_empty((x.shape[0], outputs))
 
-    for returns in (attend, packed_linear):
-        torch.library.register_fake("::".join(("outrider", returns.__name__)), returns)
+    torch.library.register_fake(torch.ops.outrider.attend.default, attend)
+    torch.library.register_fake(torch.ops.outrider.packed_linear.default, packed_linear)
 
 
 def _library(compiler: str) -> Path:
