@@ -18,6 +18,7 @@ from pathlib import Path
 
 import torch
 from filelock import FileLock
+from torch import library as torch_library
 
 from outrider.config import DEFAULT_CACHE
 
@@ -90,8 +91,8 @@ def _describe_to_compiler() -> None:
     ) -> torch.Tensor:
         return x.new_empty((x.shape[0], outputs))
 
-    torch.library.register_fake(torch.ops.outrider.attend.default, attend)
-    torch.library.register_fake(torch.ops.outrider.packed_linear.default, packed_linear)
+    torch_library.register_fake(torch.ops.outrider.attend.default, attend)
+    torch_library.register_fake(torch.ops.outrider.packed_linear.default, packed_linear)
 
 
 def _library(compiler: str) -> Path:
