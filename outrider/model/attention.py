@@ -6,9 +6,9 @@ ancestors. The function is registered with transformers' attention interface und
 what a pass needs travels to it as a keyword argument, so nothing is global.
 
 There are two ways. `NativeAttention` is one C++ operator per layer, for CPUs
-(`outrider.model.native`).
-`GatheredAttention` is plain torch on any device: it gathers each row's slots, pads the rows to one
-batch and calls scaled dot-product attention once. It is the reference for the other.
+(`outrider.model.native`). `GatheredAttention` is plain torch on any device: it gathers each row's
+slots, pads the rows to one batch and calls scaled dot-product attention once. It is the reference
+for the other.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from google.protobuf.message import Message
 
 from outrider import wire
-from outrider.domain import Grammar, GrammarKind, SamplingParams, SessionSpec
+from outrider.domain import Grammar, GrammarKind, SessionSpec
 from outrider.v1 import types_pb2, verifier_pb2
 from tests.support.reference import Case, Expected
 
@@ -105,24 +105,12 @@ def opening(
     committed = expected.ids[: draw.randrange(len(expected.ids))] if draw.random() < 0.2 else ()
     if len(committed) >= case.tokens_max:
         committed = ()
-    params = SamplingParams(
-        case.temperature,
-        case.top_k,
-        case.top_p,
-        case.min_p,
-        case.repetition_penalty,
-        case.presence_penalty,
-        case.frequency_penalty,
-        case.logit_bias,
-        case.tokens_min,
-        case.grammar,
-    )
     spec = SessionSpec(
         session=session,
         epoch=epoch,
         prompt=case.prompt,
         committed=committed,
-        sampling=params,
+        sampling=case.sampling,
         seed=case.session_seed,
         tokens_max=case.tokens_max,
         stop_ids=frozenset(case.stop_ids),

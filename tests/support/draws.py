@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from scipy import stats
 
 from outrider.committed import digest
-from outrider.domain import Draft, SamplingParams, SessionSpec, SpeculationCounters, session_seed
+from outrider.domain import Draft, SessionSpec, SpeculationCounters, session_seed
 from outrider.draft_tree import Node
 from outrider.model.language_model import LanguageModel
 from outrider.model.noise import words_numpy
@@ -198,7 +198,7 @@ def _session(number: int, seed: int) -> SessionSpec:
         epoch=1,
         prompt=CASE.prompt,
         committed=(),
-        sampling=SamplingParams(CASE.temperature, CASE.top_k, CASE.top_p, CASE.min_p),
+        sampling=CASE.sampling,
         seed=seed,
         tokens_max=CASE.tokens_max,
         ignore_eos=True,

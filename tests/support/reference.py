@@ -17,7 +17,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from outrider.domain import Grammar
+from outrider.domain import Grammar, SamplingParams
 from outrider.model.noise import words_numpy
 from outrider.model.random_model import build_random_model, parse_random_spec
 from outrider.model.threads import set_threads
@@ -50,6 +50,22 @@ class Case:
     logit_bias: tuple[tuple[int, float], ...] = ()
     tokens_min: int = 0
     grammar: Grammar | None = None
+
+    @property
+    def sampling(self) -> SamplingParams:
+        """The same, as a session is asked for it."""
+        return SamplingParams(
+            self.temperature,
+            self.top_k,
+            self.top_p,
+            self.min_p,
+            self.repetition_penalty,
+            self.presence_penalty,
+            self.frequency_penalty,
+            self.logit_bias,
+            self.tokens_min,
+            self.grammar,
+        )
 
     @property
     def session_seed(self) -> int:

@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outrider.domain import FinishReason, Grammar, GrammarKind, SamplingParams, SessionSpec
+from outrider.domain import FinishReason, Grammar, GrammarKind, SessionSpec
 from tests.support.engine_runs import EngineRun, Outcome, oracle
 from tests.support.fleet import TARGET, load
 from tests.support.reference import Case, Expected, Tally, expect, plain_module
@@ -86,24 +86,12 @@ def model():
 
 
 def spec_of(number: int, case: Case, **changes: object) -> SessionSpec:
-    sampling = SamplingParams(
-        case.temperature,
-        case.top_k,
-        case.top_p,
-        case.min_p,
-        case.repetition_penalty,
-        case.presence_penalty,
-        case.frequency_penalty,
-        case.logit_bias,
-        case.tokens_min,
-        case.grammar,
-    )
     spec = SessionSpec(
         session=number,
         epoch=1,
         prompt=case.prompt,
         committed=(),
-        sampling=sampling,
+        sampling=case.sampling,
         seed=case.session_seed,
         tokens_max=case.tokens_max,
         stop_ids=frozenset(case.stop_ids),
