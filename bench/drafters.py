@@ -118,13 +118,13 @@ class Drafter:
 
     def __init__(self, driver: EngineDriver, policy: Policy | None) -> None:
         self.policy = policy
-        """None: deaf and silent, as if there were no drafter."""
+        """None: it listens and says nothing, which costs the engine nothing."""
         self._driver = driver
         self._commits: SimpleQueue[tuple[int, Commit, Trace] | None] = SimpleQueue()
         self._logs: dict[int, CommittedLog] = {}
         self._thread = threading.Thread(target=self._run, name="drafter", daemon=True)
         self._thread.start()
-        driver.on_commit = self._hear if policy is not None else None
+        driver.on_commit = self._hear
 
     def close(self) -> None:
         """Hear no more and end the thread."""

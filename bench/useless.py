@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bench.drafters import Drafter, Honest, Policy, Silent, WrongTrees
-from bench.engine_driver import EngineDriver
+from bench.engine_driver import EngineDriver, EngineError, Trace
 from bench.rates import step_rate, tau_reached
 from bench.texts import Texts
 
@@ -25,27 +26,29 @@ _KNOWN_TOKENS = 1_200
 
 @dataclass(frozen=True, slots=True)
 class UselessResult:
-    """Tokens a second at one number of sessions, repeat by repeat."""
+    """Tokens a second at one number of sessions, round by round.
+
+    The kinds of a round follow each other on the same sessions.
+    """
 
     sessions: int
     alone: tuple[float, ...]
+    again: tuple[float, ...]
+    """Without a drafter once more: how far its ratio is from 1 is noise."""
     silent: tuple[float, ...]
     wrong: tuple[float, ...]
 
-    @property
-    def silent_ratio(self) -> float:
-        """With a drafter that fell silent, over target-only; medians."""
-        return statistics.median(self.silent) / statistics.median(self.alone)
-
-    @property
-    def wrong_ratio(self) -> float:
-        """With full wrong trees, over target-only; medians."""
-        return statistics.median(self.wrong) / statistics.median(self.alone)
+    def ratio(self, kind: str) -> float:
+        """Of one kind over target-only; median of the rounds."""
+        rates: tuple[float, ...] = getattr(self, kind)
+        return statistics.median(
+            rate / alone for rate, alone in zip(rates, self.alone, strict=True)
+        )
 
     @property
     def floor(self) -> float:
-        """The lesser of the two."""
-        return min(self.silent_ratio, self.wrong_ratio)
+        """The lesser of the ratios of the two useless drafters."""
+        return min(self.ratio("silent"), self.ratio("wrong"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,59 +61,67 @@ class RecoveryResult:
     """Until eight commits in a row had more than 1.5 tokens on average."""
 
 
+KINDS = ("alone", "silent", "again", "wrong")
+
+
 def measure_useless(
     driver: EngineDriver,
     texts: Texts,
     kv_tokens_max: int,
     window_s: float,
-    repeats: int,
+    rounds: int,
     advance: Callable[[str], None],
 ) -> list[UselessResult]:
-    """Run phases without a drafter, with a silent and with a hopeless one in turn."""
-    vocabulary_size = driver.engine.model.vocabulary_size
+    """Compare no drafter, a silent one and a hopeless one on the same sessions, in turn."""
+    policies: dict[str, Callable[[], Policy | None]] = {
+        "alone": lambda: None,
+        "again": lambda: None,
+        "silent": lambda: Silent(driver.engine.model.vocabulary_size),
+        "wrong": lambda: WrongTrees(driver.engine.model.vocabulary_size),
+    }
     results = []
     for sessions in SESSIONS:
         prompts = [texts.take(index, PROMPT_TOKENS) for index in range(sessions)]
         tokens = min(2_048, kv_tokens_max // sessions) - PROMPT_TOKENS
-        rates: dict[str, list[float]] = {"alone": [], "silent": [], "wrong": []}
-        for number in range(repeats):
-            kinds = list(rates)
-            turn = number % len(kinds)
-            for kind in kinds[turn:] + kinds[:turn]:
-                advance(f"{sessions} sessions, drafter {kind}")
-                policies: dict[str, Policy | None] = {
-                    "alone": None,
-                    "silent": Silent(vocabulary_size),
-                    "wrong": WrongTrees(vocabulary_size),
-                }
-                rates[kind].append(_phase(driver, policies[kind], prompts, tokens, window_s))
+        rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
+        for number in range(rounds):
+            # Rotated, so that growing contexts favour nobody.
+            turn = number % len(KINDS)
+            with _decoding(driver, prompts, tokens) as (drafter, traces):
+                for kind in KINDS[turn:] + KINDS[:turn]:
+                    advance(f"{sessions} sessions, drafter {kind}")
+                    drafter.policy = policies[kind]()
+                    rates[kind].append(_rate(driver, traces, window_s))
         results.append(
-            UselessResult(
-                sessions, tuple(rates["alone"]), tuple(rates["silent"]), tuple(rates["wrong"])
-            )
+            UselessResult(sessions, **{kind: tuple(rate) for kind, rate in rates.items()})
         )
     return results
 
 
-def _phase(
-    driver: EngineDriver,
-    policy: Policy | None,
-    prompts: Sequence[Sequence[int]],
-    tokens: int,
-    window_s: float,
-) -> float:
-    """Tokens a second while all sessions decode, after the first second."""
-    drafter = Drafter(driver, policy)
+@contextmanager
+def _decoding(
+    driver: EngineDriver, prompts: Sequence[Sequence[int]], tokens: int
+) -> Iterator[tuple[Drafter, list[Trace]]]:
+    """Sessions that all decode, and a drafter of theirs that says nothing yet."""
+    drafter = Drafter(driver, None)
     salt = f"useless-{time.perf_counter()}"
     sessions = [driver.open(p, tokens, f"{salt}-{i}") for i, p in enumerate(prompts)]
     traces = [driver.trace(number) for number in sessions]
-    driver.wait(lambda: all(trace.commits for trace in traces))
-    begin_s = max(trace.commits[0][0] for trace in traces) + SKIPPED_S
+    try:
+        driver.wait(lambda: all(trace.commits for trace in traces))
+        yield drafter, traces
+    finally:
+        drafter.close()
+        driver.abort(sessions)
+
+
+def _rate(driver: EngineDriver, traces: Sequence[Trace], window_s: float) -> float:
+    """Tokens a second from a second hence on; raises EngineError if a session ends meanwhile."""
+    begin_s = time.perf_counter() + SKIPPED_S
     end_s = begin_s + window_s
     driver.wait(lambda: time.perf_counter() > end_s or any(trace.finished for trace in traces))
-    drafter.close()
-    driver.abort(sessions)
-    end_s = min([end_s, *(trace.commits[-1][0] for trace in traces if trace.finished)])
+    if any(trace.finished for trace in traces):
+        raise EngineError("a session ended within the window: choose a shorter one")
     return step_rate(driver.steps, begin_s, end_s)
 
 

@@ -38,7 +38,7 @@ from bench.throughput import (
     measure_prefix,
     measure_throughput,
 )
-from bench.useless import measure_recovery, measure_useless
+from bench.useless import KINDS, measure_recovery, measure_useless
 from bench.verifier_report import Results, markdown, result_lines
 from outrider.config import DEFAULT_CACHE, Dtype
 from outrider.model.language_model import LanguageModel
@@ -193,7 +193,9 @@ class _Bench:
         """What useless drafters cost, and recovery from one."""
         options = self._options
         driver = self._driver()
-        task = self._progress.add_task("useless", total=4 * 3 * options["repeats"] + 1)
+        # Each kind comes first, second, third and last as often.
+        rounds = len(KINDS) * (1 if options["repeats"] < 3 else options["repeats"] // 3)
+        task = self._progress.add_task("useless", total=4 * 4 * rounds + 1)
 
         def advance(what: str) -> None:
             self._progress.update(task, advance=1, description=f"useless: {what}")
@@ -203,7 +205,7 @@ class _Bench:
             self._texts,
             driver.engine.pool.tokens_max,
             options["window_s"],
-            options["repeats"],
+            rounds,
             advance,
         )
         advance("recovery")

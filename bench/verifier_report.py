@@ -142,9 +142,15 @@ def _throughput(results: Sequence[Throughput]) -> str:
 
 
 def _useless(results: Iterable[UselessResult]) -> str:
-    header = ("sessions", "silent drafter", "wrong trees")
-    rows = [(str(r.sessions), f"{r.silent_ratio:.3f}", f"{r.wrong_ratio:.3f}") for r in results]
-    return "Throughput with useless drafters over target-only.\n\n" + _table(header, rows)
+    header = ("sessions", "silent drafter", "wrong trees", "no drafter again")
+    rows = [
+        (str(r.sessions), *(f"{r.ratio(kind):.3f}" for kind in ("silent", "wrong", "again")))
+        for r in results
+    ]
+    return (
+        "Throughput with useless drafters over target-only; the last column is noise.\n\n"
+        + _table(header, rows)
+    )
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
