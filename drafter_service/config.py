@@ -14,7 +14,7 @@ class GrowingConfig:
 
     sessions_max: int = 256
     """Mirrors held at once; more are refused."""
-    nodes_max: int = 256
+    nodes_max: int = 1_024
     """Live nodes of a session, whatever its budget asks for."""
     depth_max: int = 64
     step_delay_s: float = 0.0

@@ -29,11 +29,21 @@ from drafter_service.messages import (
 )
 from drafter_service.mirror import GapError, Mirror
 from drafter_service.proposers.base import Proposer
-from outrider.domain import BindSpec, Commit, DraftBudget, Rejection, RejectionCode, Resync
+from outrider.domain import (
+    BindSpec,
+    Commit,
+    DraftBudget,
+    GrowReport,
+    Rejection,
+    RejectionCode,
+    Resync,
+)
 from outrider.serving.queues import Inbox
 
 _IDLE_WAIT_S = 0.5
 _RESYNC_AGAIN_S = 1.0
+_STEP_SHARE = 1.0 / 16.0
+"""Of the latest step in the average of their durations."""
 
 _log = logging.getLogger(__name__)
 
@@ -55,6 +65,10 @@ class Grower:
         self._mirrors: dict[tuple[int, int], Mirror] = {}
         self._outputs: dict[int, Outputs] = {}
         self._draining = False
+        self._step: GrowReport | None = None
+        """Of the last step, until it has been reported."""
+        self._step_s = 0.0
+        """Moving average of the steps' durations."""
         self._thread: Executor | None = None
         self._ended_run: Future[None] | None = None
 
@@ -97,6 +111,7 @@ class Grower:
 
     def _grow(self) -> bool:
         mirrors = list(self._mirrors.values())
+        started_s = time.perf_counter()
         try:
             busy = self._proposer.grow(mirrors)
         except Exception:
@@ -107,6 +122,11 @@ class Grower:
         self.steps += busy
         if busy and self._config.step_delay_s:
             time.sleep(self._config.step_delay_s)
+        if busy:
+            duration_s = time.perf_counter() - started_s
+            share = _STEP_SHARE if self._step_s else 1.0
+            self._step_s += share * (duration_s - self._step_s)
+            self._step = GrowReport(self._step_s, self._proposer.leaves_max, started_s)
         return busy
 
     def _flush(self, *, everything: bool) -> None:
@@ -123,6 +143,9 @@ class Grower:
                 self._to(mirror.connection).drafts.append((spec.session, spec.binding, draft))
         if self._outputs:
             outputs, self._outputs = self._outputs, {}
+            if self._step is not None:
+                for output in outputs.values():
+                    output.step = self._step
             self._emit(outputs)
 
     def _to(self, connection: int) -> Outputs:

@@ -5,7 +5,15 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
-from outrider.domain import BindSpec, Commit, Draft, DraftBudget, Rejection, Resync
+from outrider.domain import (
+    BindSpec,
+    Commit,
+    Draft,
+    DraftBudget,
+    GrowReport,
+    Rejection,
+    Resync,
+)
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,3 +77,4 @@ class Outputs:
     drafts: list[tuple[int, int, Draft]] = field(default_factory=list)
     """(session, binding, draft)"""
     resyncs: list[Resync] = field(default_factory=list)
+    step: GrowReport | None = None

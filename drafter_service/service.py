@@ -123,4 +123,6 @@ def _response(batch: list[Outputs | None], draining: bool) -> _Response:
                 )
             )
         response.resyncs.extend(wire.resync_to_pb(resync) for resync in output.resyncs)
+        if output.step is not None:
+            response.step.CopyFrom(wire.grow_report_to_pb(output.step))
     return response

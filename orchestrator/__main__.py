@@ -15,7 +15,7 @@ from outrider.errors import OutriderError
 from outrider.serving.logs import configure_logging
 from outrider.serving.options import address_options, logging_options
 
-_BUDGET = DraftBudget()
+_LIMITS = DriverConfig().budget_limits
 
 
 @click.command("orchestrator", context_settings={"auto_envvar_prefix": "OUTRIDER_ORCHESTRATOR"})
@@ -46,16 +46,23 @@ _BUDGET = DraftBudget()
 @click.option(
     "--draft-nodes-max",
     type=click.IntRange(min=1),
-    default=_BUDGET.nodes_max,
+    default=_LIMITS.nodes_max,
     show_default=True,
-    help="Live guesses of one drafter for one session.",
+    help="Live guesses of one drafter for one session, at most.",
 )
 @click.option(
     "--draft-depth-max",
     type=click.IntRange(min=1),
-    default=_BUDGET.depth_max,
+    default=_LIMITS.depth_max,
     show_default=True,
-    help="How far drafters run ahead, in tokens.",
+    help="How far drafters run ahead at most, in tokens.",
+)
+@click.option(
+    "--draft-width-max",
+    type=click.IntRange(min=1),
+    default=_LIMITS.width_max,
+    show_default=True,
+    help="Guesses after one token, at most.",
 )
 @click.option(
     "--verifier-timeout",
@@ -75,6 +82,7 @@ def command(
     drafters_per_session: int,
     draft_nodes_max: int,
     draft_depth_max: int,
+    draft_width_max: int,
     verifier_timeout_s: float,
     **options: Any,
 ) -> None:
@@ -86,7 +94,9 @@ def command(
             sessions_max=sessions_max,
             choices_max=choices_max,
             drafters_per_session=drafters_per_session,
-            budget=DraftBudget(nodes_max=draft_nodes_max, depth_max=draft_depth_max),
+            budget_limits=DraftBudget(
+                nodes_max=draft_nodes_max, depth_max=draft_depth_max, width_max=draft_width_max
+            ),
             verifier_timeout_s=verifier_timeout_s,
         ),
         **options,

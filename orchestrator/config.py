@@ -16,7 +16,10 @@ class DriverConfig:
     choices_max: int = 16
     """Choices of one request; more are refused with INVALID_ARGUMENT."""
     drafters_per_session: int = 2
-    budget: DraftBudget = field(default_factory=DraftBudget)
+    budget_limits: DraftBudget = field(
+        default_factory=lambda: DraftBudget(nodes_max=1_024, depth_max=64, width_max=4)
+    )
+    """Bounds of what drafters are told."""
     silence_s: float = 5.0
     """Without a commit for this long, the verifier is asked to repeat."""
     verifier_timeout_s: float = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from orchestrator.budgets import budget_of, changed
 from orchestrator.fleet import Fleet
 from orchestrator.generation import Running
 from orchestrator.messages import (
@@ -12,6 +13,7 @@ from orchestrator.messages import (
     RelayCommit,
     UnbindDrafter,
 )
+from orchestrator.workers import DrafterLink
 from outrider import wire
 from outrider.domain import BindSpec, DraftBudget, Resync
 
@@ -19,9 +21,10 @@ from outrider.domain import BindSpec, DraftBudget, Resync
 class Dispatch:
     """Finds the worker's link for a command and queues it there; a lost worker is skipped."""
 
-    def __init__(self, fleet: Fleet, budget: DraftBudget) -> None:
+    def __init__(self, fleet: Fleet, limits: DraftBudget) -> None:
+        """`limits` bounds every budget."""
         self._fleet = fleet
-        self._budget = budget
+        self._limits = limits
 
     def to_verifier(
         self, running: Running, command: OpenOnVerifier | AbortOnVerifier | AskRepeat
@@ -57,6 +60,7 @@ class Dispatch:
         if drafter is None:
             return
         drafter.sessions.add(spec.session)
+        budget = running.budgets[command.binding] = self._budget_of(running, drafter)
         drafter.bind(
             BindSpec(
                 session=spec.session,
@@ -68,12 +72,27 @@ class Dispatch:
                 seed=spec.seed,
                 tokenizer_fingerprint=info.tokenizer_fingerprint or "",
                 vocabulary_size=info.vocabulary_size,
-                budget=self._budget,
+                budget=budget,
             )
         )
 
+    def renew_budget(self, running: Running, binding: int, drafter: DrafterLink) -> None:
+        """Send a drafter a session's budget if it has changed by much."""
+        budget = self._budget_of(running, drafter)
+        if changed(running.budgets[binding], budget):
+            running.budgets[binding] = budget
+            drafter.set_budget(running.number, binding, budget)
+
+    def _budget_of(self, running: Running, drafter: DrafterLink) -> DraftBudget:
+        verifier = self._fleet.verifiers.get(running.session.verifier or "")
+        if verifier is None:
+            return self._limits
+        rtt_s = verifier.rtt_s + drafter.rtt_s
+        return budget_of(verifier.pace, drafter.grow, rtt_s, self._limits)
+
     def unbind(self, running: Running, command: UnbindDrafter) -> None:
         """Detach a drafter."""
+        running.budgets.pop(command.binding, None)
         drafter = self._fleet.drafters.get(command.address)
         if drafter is not None:
             drafter.sessions.discard(running.number)

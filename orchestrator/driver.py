@@ -16,6 +16,7 @@ from dataclasses import replace
 
 from orchestrator.config import DriverConfig
 from orchestrator.dispatch import Dispatch
+from orchestrator.engagement import Engagement, Rotation
 from orchestrator.fleet import Fleet, Listener
 from orchestrator.generation import Delivery, Ending, Generation, Running
 from orchestrator.jobs import Job
@@ -33,6 +34,7 @@ from orchestrator.messages import (
     DrafterAvailable,
     DrafterGap,
     DrafterGone,
+    DrafterUseless,
     Event,
     Fail,
     Finish,
@@ -50,7 +52,7 @@ from orchestrator.messages import (
     VerifierLost,
 )
 from orchestrator.placement import choose_drafters, choose_verifier
-from orchestrator.session import Session
+from orchestrator.session import Session, State
 from orchestrator.text import TextStream
 from orchestrator.workers import (
     NO_STEP,
@@ -72,7 +74,8 @@ class Driver:
         self._fleet = fleet
         self._config = config
         self._running: dict[int, Running] = {}
-        self._dispatch = Dispatch(fleet, config.budget)
+        self._dispatch = Dispatch(fleet, config.budget_limits)
+        self._rotation: Rotation = Rotation()
         self._draining = False
         self._idle: asyncio.Event | None = None
         """Set when a drain has nothing left to wait for."""
@@ -158,6 +161,7 @@ class Driver:
         now_s = time.monotonic()
         if batch.step is not None:
             link.step, link.stepped_s = batch.step, now_s
+            link.pace.observe(batch.step)
         for number, epoch in batch.opened:
             running = self._on(link, number)
             if running is not None:
@@ -181,10 +185,12 @@ class Driver:
                 running.progress_s = now_s
                 if running.first_token_s is None:
                     running.first_token_s = now_s - running.generation.started_s
-            running.commit_bytes = commit_bytes
+            running.commit_bytes, running.spell_counters = commit_bytes, report.counters
             self._step(running, Committed(commit, report))
 
     def _drafter_batch(self, link: DrafterLink, batch: DrafterBatch) -> None:
+        if batch.step is not None:
+            link.grow = batch.step
         # The hot path: looked up, checked and passed on, unread.
         for number, binding, draft in batch.drafts:
             bound = self._bound(link, number, binding)
@@ -192,7 +198,7 @@ class Driver:
                 continue
             verifier = self._fleet.verifiers.get(bound.session.verifier or "")
             if verifier is not None:
-                verifier.offer(number, binding, draft)
+                verifier.offer(number, link.source, draft)
         for rejection in batch.rejections:
             running = self._bound(link, rejection.session, rejection.binding)
             if running is not None:
@@ -265,6 +271,50 @@ class Driver:
                 elif now_s - running.heard_s > config.silence_s:
                     running.heard_s = now_s
                     self._step(running, Silence())
+            self._review(now_s)
+
+    def _review(self, now_s: float) -> None:
+        """End attachments that win nothing, try others, and renew budgets."""
+        off: list[tuple[Running, Engagement]] = []
+        for running in list(self._running.values()):
+            session = running.session
+            if session.state is not State.DECODING or not session.drafters_wanted:
+                continue
+            if session.bindings:
+                self._review_one(running, now_s)
+            else:
+                off.append((running, running.engagement))
+        for running in self._rotation.due(now_s, self._config.sweep_interval_s, off):
+            self._step(running, DrafterAvailable())
+
+    def _review_one(self, running: Running, now_s: float) -> None:
+        verifier = self._fleet.verifiers.get(running.session.verifier or "")
+        drafters = {
+            binding: drafter
+            for binding, address in running.session.bindings.items()
+            if (drafter := self._fleet.drafters.get(address)) is not None
+        }
+        if verifier is None:
+            return
+        judgement = running.engagement.look(
+            now_s,
+            running.spell_counters,
+            {binding: drafter.source for binding, drafter in drafters.items()},
+            verifier.pace,
+        )
+        if judgement is not None:
+            for binding, gain in judgement.gains.items():
+                drafters[binding].learn_gain(gain)
+            if running.engagement.trial and not judgement.useless:
+                running.engagement.trial = False
+                self._rotation.paid(now_s)
+            for binding in judgement.useless:
+                del drafters[binding]
+                self._step(running, DrafterUseless(binding))
+            if not running.session.bindings:
+                running.engagement.ended(now_s)
+        for binding, drafter in drafters.items():
+            self._dispatch.renew_budget(running, binding, drafter)
 
     # --- what sessions command ---
 
@@ -333,6 +383,9 @@ class Driver:
 
     def _attach(self, running: Running, count: int, exclude: frozenset[str]) -> None:
         info = running.generation.info
-        for view in choose_drafters(self._fleet.drafter_views(), info, count, exclude):
+        verifier = self._fleet.verifiers.get(running.session.verifier or "")
+        if verifier is None:
+            return
+        for view in choose_drafters(self._fleet.drafter_views(verifier), info, count, exclude):
             running.bindings_made += 1
             self._step(running, DrafterAttached(running.bindings_made, view.address))

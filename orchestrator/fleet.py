@@ -5,8 +5,9 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
+from orchestrator.budgets import expected_tokens
 from orchestrator.placement import WorkerView, pairing_fault
 from orchestrator.text import TextCodec
 from orchestrator.workers import (
@@ -141,9 +142,17 @@ class Fleet:
         """Verifiers that take sessions."""
         return _views(self.verifiers.values())
 
-    def drafter_views(self) -> list[WorkerView]:
-        """Drafters that take sessions."""
-        return _views(self.drafters.values())
+    def drafter_views(self, verifier: VerifierLink) -> list[WorkerView]:
+        """Drafters that take sessions, and what each would win for one more on a verifier."""
+        return [
+            replace(
+                view,
+                tokens=expected_tokens(
+                    self.drafters[view.address].pace_for(verifier), verifier.pace.step_s
+                ),
+            )
+            for view in _views(self.drafters.values())
+        ]
 
     def models(self) -> dict[str, ModelInfo]:
         """Models that can be asked for, by name."""

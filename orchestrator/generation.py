@@ -10,9 +10,10 @@ from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
+from orchestrator.engagement import Engagement
 from orchestrator.messages import Deliver, DeliverPrompt, Finish
 from orchestrator.session import Session, State
-from outrider.domain import ModelInfo
+from outrider.domain import DraftBudget, ModelInfo, SpeculationCounters
 from outrider.errors import OutriderError
 from outrider.serving.queues import Mailbox
 
@@ -52,6 +53,11 @@ class Running:
     first_token_s: float | None = None
     """From the generation's start."""
     bindings_made: int = 0
+    budgets: dict[int, DraftBudget] = field(default_factory=dict)
+    """What the drafters were told, by binding."""
+    engagement: Engagement = field(default_factory=Engagement)
+    spell_counters: SpeculationCounters = field(default_factory=SpeculationCounters)
+    """As the present verifier last stated them."""
     commit_bytes: bytes = b""
     """The commit under way, as it came."""
 

@@ -92,8 +92,15 @@ class DrafterGone:
 
 
 @dataclass(frozen=True, slots=True)
+class DrafterUseless:
+    """A drafter's guesses win too little; the session may be better off without."""
+
+    binding: int
+
+
+@dataclass(frozen=True, slots=True)
 class DrafterAvailable:
-    """A drafter has become ready somewhere."""
+    """A drafter has become ready somewhere, or it is time to try one again."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -121,6 +128,7 @@ Event: TypeAlias = (
     | Silence
     | DrafterAttached
     | DrafterGone
+    | DrafterUseless
     | DrafterAvailable
     | DrafterGap
     | ClientGone

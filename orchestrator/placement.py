@@ -17,6 +17,8 @@ class WorkerView:
     sessions: int
     """Sessions that this orchestrator has on it."""
     sessions_max: int
+    tokens: float = 1.0
+    """Of a drafter: what a verify step of one more session is expected to commit with it."""
 
 
 def pairing_fault(target: ModelInfo, drafter: ModelInfo) -> str | None:
@@ -47,13 +49,13 @@ def choose_verifier(
 def choose_drafters(
     views: Sequence[WorkerView], target: ModelInfo, count: int, exclude: Collection[str]
 ) -> list[WorkerView]:
-    """Up to `count` drafters for a target.
+    """Up to `count` drafters for a target, by what they are expected to win, then by load.
 
-    Different proposers first, since two of a kind guess the same; then the least loaded.
+    The best of each kind of proposer first, since two of a kind guess the same.
     """
     fitting = sorted(
         (v for v in views if v.address not in exclude and pairing_fault(target, v.info) is None),
-        key=_load,
+        key=lambda view: (-round(view.tokens, 1), *_load(view)),
     )
     chosen: list[WorkerView] = []
     kinds: set[tuple[str, str]] = set()

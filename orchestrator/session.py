@@ -26,6 +26,7 @@ from orchestrator.messages import (
     DrafterAvailable,
     DrafterGap,
     DrafterGone,
+    DrafterUseless,
     Event,
     Fail,
     Finish,
@@ -63,8 +64,9 @@ from outrider.errors import (
 
 PLACEMENTS_MAX = 4
 """Verifiers tried for one session before it fails: bounded, so that a poison request ends."""
-BINDINGS_MAX = 16
-"""Attachments of drafters to one session, so that a flapping drafter is given up."""
+BINDINGS_LOST_MAX = 16
+"""Attachments of a session that may break before it does without drafters: one that flaps is
+given up."""
 
 
 class Piece(Protocol):
@@ -116,7 +118,7 @@ class Session:
     """True once the client has them."""
     bindings: dict[int, str] = field(default_factory=dict)
     """Live attachments: number to drafter's address."""
-    bindings_made: int = 0
+    bindings_lost: int = 0
     avoided: set[str] = field(default_factory=set)
     """Drafters that refused the session."""
     tried: list[str] = field(default_factory=list)
@@ -309,23 +311,27 @@ class Session:
 
     def _on_drafter_attached(self, event: DrafterAttached) -> list[Command]:
         self.bindings[event.binding] = event.address
-        self.bindings_made += 1
         return [BindDrafter(event.binding, self.epoch, tuple(self.output))]
 
     def _on_drafter_gone(self, event: DrafterGone) -> list[Command]:
         address = self.bindings.pop(event.binding, None)
         if address is None:
             return []
+        self.bindings_lost += 1
         if event.refused:
             self.avoided.add(address)
         return self._attach()
+
+    def _on_drafter_useless(self, event: DrafterUseless) -> list[Command]:
+        address = self.bindings.pop(event.binding, None)
+        return [] if address is None else [UnbindDrafter(event.binding, address)]
 
     def _on_drafter_available(self, event: DrafterAvailable) -> list[Command]:
         return self._attach()
 
     def _attach(self) -> list[Command]:
-        missing = min(self.drafters_wanted - len(self.bindings), BINDINGS_MAX - self.bindings_made)
-        if missing <= 0:
+        missing = self.drafters_wanted - len(self.bindings)
+        if missing <= 0 or self.bindings_lost >= BINDINGS_LOST_MAX:
             return []
         return [AttachDrafters(missing, frozenset((*self.bindings.values(), *self.avoided)))]
 
@@ -374,6 +380,7 @@ TRANSITIONS: dict[tuple[State, type], Callable[[Session, Any], list[Command]]] =
     (_OPENING, VerifierLost): Session._on_verifier_lost,  # PLACING, or ENDED
     (_OPENING, DrafterAttached): Session._on_drafter_attached,  # OPENING
     (_OPENING, DrafterGone): Session._on_drafter_gone,  # OPENING
+    (_OPENING, DrafterUseless): Session._on_drafter_useless,  # OPENING
     (_OPENING, DrafterAvailable): Session._on_drafter_available,  # OPENING
     (_OPENING, DrafterGap): Session._on_drafter_gap,  # OPENING
     (_OPENING, ClientGone): Session._on_client_gone,  # ENDED
@@ -384,6 +391,7 @@ TRANSITIONS: dict[tuple[State, type], Callable[[Session, Any], list[Command]]] =
     (_DECODING, Silence): Session._on_silence,  # DECODING
     (_DECODING, DrafterAttached): Session._on_drafter_attached,  # DECODING
     (_DECODING, DrafterGone): Session._on_drafter_gone,  # DECODING
+    (_DECODING, DrafterUseless): Session._on_drafter_useless,  # DECODING
     (_DECODING, DrafterAvailable): Session._on_drafter_available,  # DECODING
     (_DECODING, DrafterGap): Session._on_drafter_gap,  # DECODING
     (_DECODING, ClientGone): Session._on_client_gone,  # ENDED
@@ -398,6 +406,7 @@ IGNORED: dict[tuple[State, type], str] = {
     (_PLACING, Silence): "nobody owes anything",
     (_PLACING, DrafterAttached): "the attachment would not outlive the epoch, so it is not made",
     (_PLACING, DrafterGone): "none is attached",
+    (_PLACING, DrafterUseless): "none is attached",
     (_PLACING, DrafterAvailable): "drafters are attached once a verifier is placed",
     (_PLACING, DrafterGap): "none is attached",
     (_OPENING, Placed): "a verifier has been asked already",

@@ -11,19 +11,26 @@ import abc
 import asyncio
 import contextlib
 import enum
+import itertools
 import logging
+import time
+from collections import deque
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, Generic, TypeVar
 
 import grpc.aio
 
+from orchestrator.budgets import DrafterPace, VerifierPace
 from outrider import wire
 from outrider.domain import (
     PROTOCOL_VERSION,
+    TARGET_SOURCE,
     BindSpec,
     Commit,
     CommitReport,
+    DraftBudget,
+    GrowReport,
     ModelInfo,
     PromptLogprobs,
     Rejection,
@@ -46,12 +53,18 @@ from outrider.v1 import (
 HANDSHAKE_TIMEOUT_S = 10.0
 BACKOFF_MIN_S = 0.1
 BACKOFF_MAX_S = 2.0
+_PING_FIRST_S = 0.05
+_PING_S = 5.0
+_PINGS_KEPT = 8
+_GAIN_SHARE = 1.0 / 16.0
 DRAFT_ROWS_MAX = 4_096
 """Drafts waiting for a verifier that reads slowly; more are dropped, they are hints."""
 NO_STEP = StepReport(duration_s=0.0, rows=0, tokens=0)
 """What is reported of a verifier that has not taken a step yet."""
 
 _log = logging.getLogger(__name__)
+
+_sources = itertools.count(TARGET_SOURCE + 1)
 
 
 class LinkState(enum.Enum):
@@ -84,6 +97,7 @@ class DrafterBatch:
     drafts: list[tuple[int, int, bytes]]
     """(session, binding, the draft as it came)"""
     resyncs: list[Resync]
+    step: GrowReport | None = None
 
 
 RequestT = TypeVar("RequestT", verifier_pb2.VerifyRequest, drafter_pb2.ProposeRequest)
@@ -104,6 +118,9 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
         self.sessions_max = 0
         self.sessions: set[int] = set()
         """Sessions of this orchestrator on the worker; kept by the driver."""
+        self.rtt_s = 0.0
+        """Least round trip of late; 0 until it was measured."""
+        self._rtts_s: deque[float] = deque(maxlen=_PINGS_KEPT)
         self._orchestrator = orchestrator
         self._pending: RequestT = self._new_request()
         self._wake = asyncio.Event()
@@ -188,6 +205,7 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
             )
             await stream.write(self._hello(hello))
             writer: asyncio.Task[None] | None = None
+            pinger = asyncio.create_task(self._ping(worker))
             try:
                 async for response in stream:
                     if writer is None:
@@ -197,9 +215,25 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
                     self._set(LinkState.DRAINING if draining else LinkState.READY, "")
                     self._receive(response)
             finally:
+                pinger.cancel()
                 if writer is not None:
                     writer.cancel()
                 stream.cancel()
+
+    async def _ping(self, worker: worker_pb2_grpc.WorkerServiceStub) -> None:
+        """Keep measuring the round trip, off the stream that sessions use."""
+        self._rtts_s.clear()
+        # Whoever answers pings slowly may still draft well: the stream shows if it is gone.
+        with contextlib.suppress(grpc.aio.AioRpcError):
+            while True:
+                started_s = time.perf_counter()
+                await worker.GetModelInfo(
+                    worker_pb2.GetModelInfoRequest(), timeout=HANDSHAKE_TIMEOUT_S
+                )
+                self._rtts_s.append(time.perf_counter() - started_s)
+                self.rtt_s = min(self._rtts_s)
+                first = len(self._rtts_s) < self._rtts_s.maxlen
+                await asyncio.sleep(_PING_FIRST_S if first else _PING_S)
 
     @abc.abstractmethod
     def _hello(self, hello: types_pb2.Hello) -> RequestT: ...
@@ -232,6 +266,8 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
         super().__init__(address, orchestrator)
         self.step = NO_STEP
         """Of the last verify step; kept by the driver."""
+        self.pace = VerifierPace()
+        """Likewise, of the last steps."""
         self.stepped_s = 0.0
         """When it was heard of, on the driver's clock."""
         self._on_change, self._on_batch = on_change, on_batch
@@ -316,6 +352,12 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
         on_batch: Callable[[DrafterLink, DrafterBatch], None],
     ) -> None:
         super().__init__(address, orchestrator)
+        self.source = next(_sources)
+        """Number under which its guesses go; no other drafter of this process has it."""
+        self.grow: GrowReport | None = None
+        """Of its last growing step; kept by the driver."""
+        self.gain: float | None = None
+        """Tokens a verify step that it wins for a session, as seen of late; likewise."""
         self._on_change, self._on_batch = on_change, on_batch
 
     def bind(self, spec: BindSpec) -> None:
@@ -326,6 +368,28 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
     def commit(self, session: int, commit: bytes) -> None:
         """Queue a commit."""
         self._pending.commits.add(session=session, commit=commit)
+        self._wake.set()
+
+    def learn_gain(self, gain: float) -> None:
+        """Take in what a session won by the drafter, in tokens a verify step."""
+        self.gain = gain if self.gain is None else self.gain + _GAIN_SHARE * (gain - self.gain)
+
+    def pace_for(self, verifier: VerifierLink) -> DrafterPace:
+        """What is known of the drafter, for a session on that verifier."""
+        return DrafterPace(
+            step_s=self.grow.duration_s if self.grow is not None else 0.0,
+            leaves_max=self.grow.leaves_max if self.grow is not None else 0,
+            rtt_s=self.rtt_s + verifier.rtt_s,
+            sessions=len(self.sessions),
+            # What a chain of such guesses wins.
+            agreement=None if self.gain is None else self.gain / (1.0 + self.gain),
+        )
+
+    def set_budget(self, session: int, binding: int, budget: DraftBudget) -> None:
+        """Queue a new budget for a session."""
+        self._pending.budgets.add(
+            session=session, binding=binding, budget=wire.budget_to_pb(budget)
+        )
         self._wake.set()
 
     def unbind(self, session: int, binding: int) -> None:
@@ -352,6 +416,7 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
                 [wire.rejection_from_pb(rejection) for rejection in response.rejections],
                 [(row.session, row.binding, row.draft) for row in response.drafts],
                 [wire.resync_from_pb(resync) for resync in response.resyncs],
+                wire.grow_report_from_pb(response.step) if response.HasField("step") else None,
             ),
         )
 

@@ -306,6 +306,11 @@ class DraftBudget:
     nodes_max: int = 64
     depth_max: int = 32
     flush_interval_s: float = 0.002
+    """Least time between two drafts for the session."""
+    width_max: int = 3
+    """Guesses after one node."""
+    probability_min: float = 0.004
+    """Of a path; guesses below are not worth making."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,6 +373,28 @@ class StepReport:
     tokens: int
     kv_tokens_used: int = 0
     waiting: int = 0
+    waited_s: float = 0.0
+    """How long the start was delayed for drafts."""
+    plain_s: float = 0.0
+    """What the step would have taken without guesses, as far as the verifier knows."""
+    committed: int = 0
+    """Tokens."""
+    started_s: float = 0.0
+    """On the verifier's own clock."""
+    pay_min: float = 0.0
+    """If no guess is more probable than this, none was worth verifying in this step."""
+
+
+@dataclass(frozen=True, slots=True)
+class GrowReport:
+    """What a step of a proposer cost."""
+
+    duration_s: float
+    """A moving average."""
+    leaves_max: int
+    """That a step expands at most; 0: no bound."""
+    started_s: float
+    """When that began, on the drafter's own clock."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -21,6 +21,7 @@ from outrider.domain import (
     FinishReason,
     Grammar,
     GrammarKind,
+    GrowReport,
     ModelInfo,
     PromptLogprobs,
     Rejection,
@@ -322,7 +323,40 @@ def step_report_from_pb(message: verifier_pb2.StepReport) -> StepReport:
         message.tokens,
         message.kv_tokens_used,
         message.waiting,
+        message.waited_s,
+        message.plain_s,
+        message.committed,
+        message.started_s,
+        message.pay_min,
     )
+
+
+def step_report_to_pb(report: StepReport) -> verifier_pb2.StepReport:
+    """Convert back."""
+    return verifier_pb2.StepReport(
+        duration_s=report.duration_s,
+        rows=report.rows,
+        tokens=report.tokens,
+        kv_tokens_used=report.kv_tokens_used,
+        waiting=report.waiting,
+        waited_s=report.waited_s,
+        plain_s=report.plain_s,
+        committed=report.committed,
+        started_s=report.started_s,
+        pay_min=report.pay_min,
+    )
+
+
+def grow_report_to_pb(report: GrowReport) -> drafter_pb2.GrowReport:
+    """Convert a proposer's step."""
+    return drafter_pb2.GrowReport(
+        duration_s=report.duration_s, leaves_max=report.leaves_max, started_s=report.started_s
+    )
+
+
+def grow_report_from_pb(message: drafter_pb2.GrowReport) -> GrowReport:
+    """Convert back."""
+    return GrowReport(message.duration_s, message.leaves_max, message.started_s)
 
 
 def checked_hello(
@@ -416,6 +450,8 @@ def budget_to_pb(budget: DraftBudget) -> drafter_pb2.DraftBudget:
         nodes_max=budget.nodes_max,
         depth_max=budget.depth_max,
         flush_interval_s=budget.flush_interval_s,
+        width_max=budget.width_max,
+        probability_min=budget.probability_min,
     )
 
 
@@ -426,7 +462,18 @@ def budget_from_pb(message: drafter_pb2.DraftBudget) -> DraftBudget:
             "budget.flush_interval_s",
             f"must lie between 0 and 60 seconds, got {message.flush_interval_s}",
         )
-    return DraftBudget(message.nodes_max, message.depth_max, message.flush_interval_s)
+    if not 0.0 <= message.probability_min <= 1.0:
+        raise InvalidRequest(
+            "budget.probability_min",
+            f"must lie between 0 and 1, got {message.probability_min}",
+        )
+    return DraftBudget(
+        message.nodes_max,
+        message.depth_max,
+        message.flush_interval_s,
+        message.width_max,
+        message.probability_min,
+    )
 
 
 def _some(ids: Iterable[int], field: str) -> tuple[int, ...]:

@@ -50,6 +50,7 @@ from verifier_service.planning import Planner, RowPlan, Seat, kv_read
 from verifier_service.sampling_step import Sampled, committed_logprobs, sample_rows
 from verifier_service.session import Session
 from verifier_service.step_times import StepTimes
+from verifier_service.waiting import Waiting
 
 _IDLE_WAIT_S = 0.5
 _ENDED_KEPT_MAX = 1_024
@@ -109,6 +110,9 @@ class Engine:
         )
         self._calibrations = Calibrations()
         self._planner = Planner(self.pool, self.times, config, self._calibrations)
+        self._waiting = Waiting()
+        self._deferred: list[Command] = []
+        """What arrived during a step and must not change what it decides."""
         self._thread: Executor | None = None
         self._ended_run: Future[None] | None = None
 
@@ -179,20 +183,42 @@ class Engine:
 
     def _run(self) -> None:
         try:
+            wait_s = _IDLE_WAIT_S
             while not self._inbox.closed:
-                commands = self._inbox.take_all(wait_s=0.0 if self._seats else _IDLE_WAIT_S)
+                commands, self._deferred = self._deferred, []
+                commands += self._inbox.take_all(wait_s=0.0 if commands else wait_s)
                 for command in commands:
-                    try:
-                        self._apply(command)
-                    except Exception:
-                        # One bad message must not end the thread that serves everybody.
-                        _log.exception("command failed: %s", type(command).__name__)
-                if self._seats:
+                    self._apply_safely(command)
+                wait_s = self._hold_s() if self._seats else _IDLE_WAIT_S
+                if self._seats and not wait_s:
                     self._step()
                 self._flush()
         finally:
             for seat in list(self._seats.values()):
                 self._close(seat)
+
+    def _hold_s(self) -> float:
+        return self._waiting.hold_s(self._seats.values(), self._config.step_nodes_max)
+
+    def _apply_safely(self, command: Command) -> None:
+        try:
+            self._apply(command)
+        except Exception:
+            # One bad message must not end the thread that serves everybody.
+            _log.exception("command failed: %s", type(command).__name__)
+
+    def _absorb(self) -> None:
+        """Take in the drafts that came during a step, up to whatever else came.
+
+        They are merged where they belong, and it is learnt when they came. Nothing that was
+        chosen for the step is decided otherwise by what is in the tree now.
+        """
+        commands = self._inbox.take_all(wait_s=0.0)
+        for index, command in enumerate(commands):
+            if not isinstance(command, Offer):
+                self._deferred = commands[index:]
+                break
+            self._apply_safely(command)
 
     def _flush(self) -> None:
         if self._outputs:
@@ -206,10 +232,11 @@ class Engine:
         match command:
             case Open(connection, spec):
                 self._open(connection, spec)
-            case Offer(connection, number, source, draft):
+            case Offer(connection, number, source, draft, received_s):
                 seat = self._seats.get(number)
                 if seat is not None and seat.session.connection == connection:
                     seat.session.merge(draft, source)
+                    self._waiting.merged(seat.session, draft, source, received_s)
             case Repeat(connection, resync):
                 self._repeat(connection, resync)
             case Abort(connection, number, epoch):
@@ -306,6 +333,7 @@ class Engine:
         self._to(connection).commits.append((resync.session, commit, report))
 
     def _close(self, seat: Seat) -> None:
+        self._waiting.forget(seat.session)
         seat.session.cache.release()
         del self._seats[seat.session.spec.session]
 
@@ -333,20 +361,31 @@ class Engine:
             time.sleep(self._config.step_delay_s)
         duration_s = time.perf_counter() - started
         tokens = sum(plan.size for plan in plans)
+        rows = sum(plan.decodes for plan in plans)
+        prefill = sum(plan.size for plan in plans if plan.prefills)
+        plain = sum(len(plan.tokens) for plan in plans)
         self.times.observe(
             tokens,
             duration_s,
             kv_tokens=kv_read(plans),
-            prefill_tokens=sum(plan.size for plan in plans if plan.prefills),
+            prefill_tokens=prefill,
         )
+        plain_s = self.times.predict(plain, prefill_tokens=prefill)
         self.steps += 1
-        self._decide(sampled)
+        self._absorb()
+        committed = self._decide(sampled)
+        self._waiting.ended(committed)
         report = StepReport(
             duration_s,
-            rows=sum(plan.decodes for plan in plans),
+            rows=rows,
             tokens=tokens,
             kv_tokens_used=self.pool.tokens_used,
             waiting=sum(seat.waiting for seat in self._seats.values()),
+            waited_s=self._waiting.waited_s,
+            plain_s=plain_s,
+            committed=committed,
+            started_s=started,
+            pay_min=min(1.0, self._calibrations.pay_min),
         )
         # To those in prefill, and to those that wait: a step is a sign of life.
         connections = {plan.seat.session.connection for plan in plans}
@@ -354,8 +393,11 @@ class Engine:
         for connection in connections:
             self._to(connection).step = report
 
-    def _decide(self, sampled: Sequence[Sampled]) -> None:
-        """Apply the rule to every row, then make the verdicts true, each session for itself."""
+    def _decide(self, sampled: Sequence[Sampled]) -> int:
+        """Apply the rule to every row, then make the verdicts true, each session for itself.
+
+        Returns how many tokens the step committed.
+        """
         verdicts: list[Verdict | None] = []
         for row in sampled:
             session = row.plan.seat.session
@@ -387,6 +429,7 @@ class Engine:
             except Exception:
                 _log.exception("commit failed; its session ends")
                 self._fail(seat)
+        return sum(len(verdict.tokens) for verdict in verdicts if verdict is not None)
 
     def _fail(
         self,

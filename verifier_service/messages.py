@@ -33,6 +33,8 @@ class Offer:
     session: int
     source: int
     draft: Draft | None
+    received_s: float = 0.0
+    """When it came, on the engine's clock (`time.perf_counter`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -136,9 +137,10 @@ class VerifierService(
                 self._open(Open(connection, wire.session_from_pb(message)), mailbox)
             except InvalidRequest as error:
                 mailbox.put(Outputs(rejections=[_invalid(message, error)]))
+        now_s = time.perf_counter()
         for row in request.drafts:
             draft = wire.draft_from_bytes(row.draft)
-            engine.submit(Offer(connection, row.session, row.source, draft))
+            engine.submit(Offer(connection, row.session, row.source, draft, now_s))
         for resync in request.resyncs:
             held = self._held.get(resync.session)
             # The engine would not know it; it has missed nothing, since nothing was committed.
@@ -248,9 +250,5 @@ def _response(batch: list[Outputs | None], draining: bool) -> _Response:
                 )
             )
         if output.step is not None:
-            response.step.duration_s = output.step.duration_s
-            response.step.rows = output.step.rows
-            response.step.tokens = output.step.tokens
-            response.step.kv_tokens_used = output.step.kv_tokens_used
-            response.step.waiting = output.step.waiting
+            response.step.CopyFrom(wire.step_report_to_pb(output.step))
     return response

@@ -5,9 +5,11 @@ Owned by the engine's thread; nobody else touches it.
 
 from __future__ import annotations
 
+import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable
+from itertools import islice
 
 from outrider.committed import CommittedLog
 from outrider.domain import TARGET_SOURCE, Draft, SessionSpec, SpeculationCounters
@@ -52,12 +54,41 @@ class Session:
         self._vocabulary_size = vocabulary_size
         self._calibrations = calibrations or Calibrations()
         self._calibration_of: dict[int, SessionCalibration] = {}
+        self._sources: frozenset[tuple[int, int]] = frozenset()
         self._verify_steps = 0
         self._verified = 0
         self._received = 0
         self._dropped_drafts: Counter[str] = Counter()
         self._dropped_nodes: Counter[str] = Counter()
         self._accepted: Counter[int] = Counter()
+
+    @property
+    def sources(self) -> frozenset[tuple[int, int]]:
+        """(connection, source) of all whose drafts have been looked at."""
+        return self._sources
+
+    def promise(self, nodes_max: int) -> float:
+        """Tokens to expect of a verify step with the best guesses, of which not all may fit."""
+        expected, needed = 1.0, max(WORTH_MIN, self._calibrations.pay_min)
+        for path_logprob, _ in islice(self.tree.ranked(), nodes_max):
+            probability = math.exp(path_logprob)
+            if probability < needed:
+                break
+            expected += probability
+        return expected
+
+    def promise_of(self, draft: Draft, source: int, nodes_max: int) -> float:
+        """Tokens to expect of a draft's best guesses at its own base."""
+        if self._fault(draft, None) is not None:
+            return 0.0
+        needed = max(WORTH_MIN, self._calibrations.pay_min)
+        calibration = self._calibration(source)
+        paths: list[float] = []
+        for parent, claim in zip(draft.parents, draft.accept_logprobs, strict=True):
+            above = 0.0 if parent < 0 else paths[parent]
+            paths.append(above + calibration.apply(min(0.0, claim)))
+        best = heapq.nlargest(nodes_max, map(math.exp, paths))
+        return sum(probability for probability in best if probability >= needed)
 
     @property
     def tokens_left(self) -> int:
@@ -111,6 +142,7 @@ class Session:
         if calibration is None:
             calibration = self._calibrations.of_session(self.connection, source)
             self._calibration_of[source] = calibration
+            self._sources |= {(self.connection, source)}
         return calibration
 
     def _calibrate(self, source: int, claim_logprob: float) -> float:

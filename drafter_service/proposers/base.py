@@ -22,6 +22,11 @@ class Proposer(Protocol):
         """Identity, for the handshake."""
         ...
 
+    @property
+    def leaves_max(self) -> int:
+        """Leaves, over all sessions, that a step expands; 0 if steps have no such bound."""
+        ...
+
     def open(self, mirror: Mirror) -> None:
         """Begin with a session whose tree is empty."""
         ...

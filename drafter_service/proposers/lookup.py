@@ -161,6 +161,11 @@ class LookupProposer:
             proposer="lookup",
         )
 
+    @property
+    def leaves_max(self) -> int:
+        """No bound: all sessions are served at once."""
+        return 0
+
     def open(self, mirror: Mirror) -> None:
         """Index prompt and committed tokens."""
         state = self._states[mirror.key] = _State()
