@@ -23,7 +23,7 @@ _DEPTH_MIN, _DEPTH_MAX = 16, 64
 _DEPTH_AHEAD = 6
 _FLUSHES_PER_STEP = 8
 _FLUSH_MIN_S, _FLUSH_MAX_S = 0.0005, 0.05
-_PROBABILITY_MIN = 0.004
+_PROBABILITY_MIN = 1.0 / 256.0
 """Verifiers take up nothing below this, whatever tokens cost."""
 _PAY_SHARE = 0.1
 """A guess that is so much less probable than what pays now may pay once its path is committed."""
@@ -138,7 +138,7 @@ def expected_tokens(drafter: DrafterPace, step_s: float) -> float:
             # Everybody's best leaf takes its turn.
             turns = max(1.0, (drafter.sessions + 1) / drafter.leaves_max)
         depth = step_s / (drafter.step_s * turns)
-    gain = agreement * (1.0 - agreement**depth) / (1.0 - agreement)
+    gain = agreement * (1.0 - math.pow(agreement, depth)) / (1.0 - agreement)
     behind = (drafter.rtt_s + drafter.step_s) / step_s
     # A miss ends a run of 1 / (1 - agreement) tokens; the steps that it leaves bare win nothing.
     run = 1.0 / max(1e-6, (1.0 - agreement))

@@ -187,9 +187,13 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
     async def _serve(self) -> None:
         async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
             worker = worker_pb2_grpc.WorkerServiceStub(channel)
-            answer = await worker.GetModelInfo(
-                worker_pb2.GetModelInfoRequest(), timeout=HANDSHAKE_TIMEOUT_S
-            )
+
+            async def ask() -> worker_pb2.GetModelInfoResponse:
+                return await worker.GetModelInfo(
+                    worker_pb2.GetModelInfoRequest(), timeout=HANDSHAKE_TIMEOUT_S
+                )
+
+            answer = await ask()
             info = wire.model_info_from_pb(answer.info)
             if info.protocol_version != PROTOCOL_VERSION:
                 raise Mismatch(
@@ -205,7 +209,7 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
             )
             await stream.write(self._hello(hello))
             writer: asyncio.Task[None] | None = None
-            pinger = asyncio.create_task(self._ping(worker))
+            pinger = asyncio.create_task(self._ping(ask))
             try:
                 async for response in stream:
                     if writer is None:
@@ -220,19 +224,17 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
                     writer.cancel()
                 stream.cancel()
 
-    async def _ping(self, worker: worker_pb2_grpc.WorkerServiceStub) -> None:
+    async def _ping(self, ask: Callable[[], Awaitable[worker_pb2.GetModelInfoResponse]]) -> None:
         """Keep measuring the round trip, off the stream that sessions use."""
         self._rtts_s.clear()
         # Whoever answers pings slowly may still draft well: the stream shows if it is gone.
         with contextlib.suppress(grpc.aio.AioRpcError):
             while True:
                 started_s = time.perf_counter()
-                await worker.GetModelInfo(
-                    worker_pb2.GetModelInfoRequest(), timeout=HANDSHAKE_TIMEOUT_S
-                )
+                await ask()
                 self._rtts_s.append(time.perf_counter() - started_s)
                 self.rtt_s = min(self._rtts_s)
-                first = len(self._rtts_s) < self._rtts_s.maxlen
+                first = len(self._rtts_s) < _PINGS_KEPT
                 await asyncio.sleep(_PING_FIRST_S if first else _PING_S)
 
     @abc.abstractmethod

@@ -309,7 +309,7 @@ class DraftBudget:
     """Least time between two drafts for the session."""
     width_max: int = 3
     """Guesses after one node."""
-    probability_min: float = 0.004
+    probability_min: float = 1.0 / 256.0
     """Of a path; guesses below are not worth making."""
 
 

@@ -52,7 +52,8 @@ class _Hop:
     def learn(self, delay_s: float, gain: float) -> None:
         self.count += 1
         share = max(1.0 / self.count, 1.0 / _MEMORY)
-        off_s = delay_s - self.delay_s
+        # One hiccup says no more than that the draft was late.
+        off_s = min(delay_s, self.late_s + self.delay_s) - self.delay_s
         self.delay_s += share * off_s
         self.delay_variance += share * (off_s * off_s * (1.0 - share) - self.delay_variance)
         self.gain += share * (gain - self.gain)
@@ -200,12 +201,12 @@ class Readiness:
             hop = arrivals.next(watch.value) if arrivals is not None else None
             if arrivals is None or hop is None:
                 continue
-            elapsed_s = now_s - watch.since_s
-            if held is not None and session in held.sessions and elapsed_s >= hop.late_s:
+            elapsed_s, late_s = now_s - watch.since_s, watch.since_s + hop.late_s
+            if held is not None and session in held.sessions and now_s >= late_s:
                 self._missed.add(session)
             if session in self._missed:
                 continue
-            overdue_s[session] = watch.since_s + hop.late_s
+            overdue_s[session] = late_s
             after_s = 0.0
             for delay_s, gain in arrivals.ahead(watch.value, elapsed_s):
                 after_s += delay_s

@@ -26,7 +26,7 @@ GAIN_MIN = 0.01
 """A choice must promise so much more goodput than none: T is not known any better, and planning
 guesses costs time outside of the step."""
 
-_PATH_LOGPROB_MIN = math.log(0.004)
+_PATH_LOGPROB_MIN = math.log(1.0 / 256.0)
 """Nodes less probable than this are not verified even where tokens are free."""
 
 

@@ -107,6 +107,8 @@ budgets = st.builds(
     nodes_max=uint32,
     depth_max=uint32,
     flush_interval_s=st.floats(0.0, 60.0, width=32),
+    width_max=uint32,
+    probability_min=st.floats(0.0, 1.0, width=32),
 )
 binds = st.builds(
     BindSpec,
@@ -289,6 +291,12 @@ def test_flush_intervals_out_of_range_are_refused(interval_s: float) -> None:
     with pytest.raises(InvalidRequest) as raised:
         wire.budget_from_pb(drafter_pb2.DraftBudget(flush_interval_s=interval_s))
     assert raised.value.field == "budget.flush_interval_s"
+
+
+@pytest.mark.parametrize("probability", [-0.1, 1.1, math.nan, math.inf])
+def test_probabilities_out_of_range_are_refused(probability: float) -> None:
+    with pytest.raises(InvalidRequest, match="probability_min"):
+        wire.budget_from_pb(drafter_pb2.DraftBudget(probability_min=probability))
 
 
 def test_a_stream_begins_with_a_hello_of_our_version() -> None:

@@ -52,6 +52,7 @@ class CountingProposer:
         self.opened: list[tuple[int, int]] = []
         self.closed: list[tuple[int, int]] = []
         self.advances: list[tuple[int, ...]] = []
+        self.leaves_max = 7
         self.broken: set[str] = set()
         """Methods that raise."""
 

@@ -25,6 +25,7 @@ from orchestrator.messages import (
     DrafterAvailable,
     DrafterGap,
     DrafterGone,
+    DrafterUseless,
     Event,
     Fail,
     Finish,
@@ -42,7 +43,7 @@ from orchestrator.messages import (
     VerifierLost,
 )
 from orchestrator.session import (
-    BINDINGS_MAX,
+    BINDINGS_LOST_MAX,
     IGNORED,
     PLACEMENTS_MAX,
     TRANSITIONS,
@@ -214,6 +215,7 @@ EVENTS: list[Event] = [
     Silence(),
     DrafterAttached(77, "d9"),
     DrafterGone(1),
+    DrafterUseless(1),
     DrafterAvailable(),
     DrafterGap(1, 1, 3),
     ClientGone(),
@@ -705,12 +707,21 @@ def test_a_new_drafter_is_asked_only_if_one_is_missing(make: type[Session]) -> N
 def test_a_flapping_drafter_is_given_up() -> None:
     session = decoding()
     session.drafters_wanted = 1
-    for binding in range(1, BINDINGS_MAX):
+    for binding in range(1, BINDINGS_LOST_MAX):
         session.step(DrafterAttached(binding, "d1"))
         assert session.step(DrafterGone(binding)) == [AttachDrafters(1, frozenset())]
-    session.step(DrafterAttached(BINDINGS_MAX, "d1"))
-    assert session.step(DrafterGone(BINDINGS_MAX)) == []
+    session.step(DrafterAttached(BINDINGS_LOST_MAX, "d1"))
+    assert session.step(DrafterGone(BINDINGS_LOST_MAX)) == []
     assert session.step(DrafterAvailable()) == []
+
+
+def test_a_useless_drafter_is_unbound_and_not_replaced_at_once() -> None:
+    session = decoding(drafters=["d1", "d2"])
+    assert session.step(DrafterUseless(1)) == [UnbindDrafter(1, "d1")]
+    assert session.bindings == {2: "d2"}
+    assert session.step(DrafterUseless(1)) == []
+    # It may be tried again, and does not count as one that flaps.
+    assert session.step(DrafterAvailable()) == [AttachDrafters(1, frozenset({"d2"}))]
 
 
 @pytest.mark.parametrize("move", [False, True])
@@ -772,8 +783,12 @@ class World:
     """Verifier and epoch of the session that is open somewhere."""
     epochs: list[int] = field(default_factory=list)
     bindings_made: int = 0
+    unbound: int = 0
+    """Attachments that ended as useless."""
 
     def happen(self, event: Event) -> None:
+        if isinstance(event, DrafterUseless):
+            self.unbound += event.binding in self.session.bindings
         if isinstance(event, DrafterGone):
             self.mirrors.pop(event.binding, None)
             self.addresses.pop(event.binding, None)
@@ -881,6 +896,7 @@ class World:
             VerifierLost: VerifierLost("reset"),
             Silence: Silence(),
             DrafterGone: DrafterGone(binding, refused=number % 5 == 0),
+            DrafterUseless: DrafterUseless(binding),
             DrafterAvailable: DrafterAvailable(),
             DrafterGap: DrafterGap(binding, epoch, len(PROMPT) - 1 + number % 12),
             ClientGone: ClientGone(),
@@ -894,6 +910,8 @@ STORM = [
     *[Committed] * 24,
     *[PromptScored] * 6,
     *[DrafterAttached, DrafterGone, DrafterGap, DrafterAvailable, Silence] * 6,
+    DrafterUseless,
+    DrafterUseless,
     *[VerifierLost] * 3,
     Refused,
     NotPlaced,
@@ -945,5 +963,6 @@ def test_storms_get_somewhere() -> None:
     worlds = [storm(seed, 60)[0] for seed in range(200)]
     assert sum(len(world.delivered) > 8 for world in worlds) > 50
     assert sum(len(world.epochs) > 1 for world in worlds) > 50
-    assert sum(world.session.bindings_made > 1 for world in worlds) > 50
+    assert sum(world.bindings_made > 1 for world in worlds) > 50
+    assert sum(world.unbound > 0 for world in worlds) > 10
     assert sum(world.ended for world in worlds) < 170
