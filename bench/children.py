@@ -22,7 +22,8 @@ class Child:
     """`python -m MODULE ARGUMENTS`, asked through its standard input and output.
 
     It says a line when it is ready; `ready` is what that line holds. A context manager that ends
-    it. Blocking; for one thread at a time. What it logs is appended to `log_path`.
+    it. Blocking, except that it is not waited for before the first question, so that several can
+    start at once; for one thread at a time. What it logs is appended to `log_path`.
     """
 
     def __init__(
@@ -33,7 +34,6 @@ class Child:
         log_path: Path | None = None,
         environment: Mapping[str, str] | None = None,
     ) -> None:
-        """Blocks until it is ready. Raises `Unavailable` if it ends instead."""
         self._name = module
         self._log_path = log_path
         with (log_path or Path(os.devnull)).open("ab") as log:
@@ -47,11 +47,11 @@ class Child:
                 start_new_session=_LINUX,
                 preexec_fn=functools.partial(die_with_parent, os.getpid()) if _LINUX else None,
             )
-        try:
-            self.ready: dict[str, Any] = self._hear()
-        except BaseException:
-            self.close()
-            raise
+
+    @functools.cached_property
+    def ready(self) -> dict[str, Any]:
+        """What it said when it was ready. Raises `Unavailable` if it ends instead."""
+        return self._hear()
 
     @property
     def pid(self) -> int:
@@ -61,6 +61,7 @@ class Child:
     def ask(self, command: Mapping[str, Any]) -> dict[str, Any]:
         """Send a command and return the answer. Raises `Unavailable` if it has ended."""
         assert self._process.stdin is not None
+        assert self.ready is not None
         try:
             self._process.stdin.write(json.dumps(command).encode() + b"\n")
             self._process.stdin.flush()

@@ -11,8 +11,9 @@ a line of JSON each, and answers each with one (see `bench.children`):
     {"late_s": 0.3, "drafters": [1]}    the second drafter's answers come so much later
     {"slower": 10, "drafters": [2]}     the third one's steps take ten times as long
     {"reset": true}                     forget the steps so far
-    {"steps": true}                     tell the steps since then: begin and end on the monotonic
-                                        clock, tokens; for each verifier and each drafter
+    {"steps": true}                     tell the steps since then: for each verifier a list of
+                                        begin and end on the monotonic clock, and tokens; for each
+                                        drafter how many, and seconds in all
 
 A drafter that is made slower or late claims what it always did.
 """
@@ -186,7 +187,7 @@ class Fleet:
         for name, value in command.items():
             if name == "steps":
                 answer["verifiers"] = [v.times.steps for v in self.verifiers]
-                answer["drafters"] = [d.proposer.steps for d in self.drafters]
+                answer["drafters"] = [[d.proposer.steps, d.proposer.busy_s] for d in self.drafters]
             elif name == "reset":
                 for verifier in self.verifiers:
                     verifier.times.reset()

@@ -44,7 +44,8 @@ class ShapedProposer:
         """It is bound and follows, but guesses nothing."""
         self.slower = 1.0
         """A step takes so many times as long."""
-        self.steps: list[Step] = []
+        self.steps = 0
+        self.busy_s = 0.0
         self._inner = inner
 
     @property
@@ -54,7 +55,7 @@ class ShapedProposer:
 
     def reset(self) -> None:
         """Forget the steps so far."""
-        self.steps = []
+        self.steps, self.busy_s = 0, 0.0
 
     def open(self, mirror: Mirror) -> None:
         """Begin with a session."""
@@ -77,5 +78,6 @@ class ShapedProposer:
         if busy:
             if self.slower > 1:
                 time.sleep((time.monotonic() - begin_s) * (self.slower - 1))
-            self.steps.append((begin_s, time.monotonic(), len(mirrors)))
+            self.steps += 1
+            self.busy_s += time.monotonic() - begin_s
         return busy
