@@ -214,8 +214,9 @@ def markdown(results: Results) -> str:
         ]
         parts.append(_table(header, cells))
     if results.disturbances:
-        header = ("drafters (synthetic)", "tokens/s", "gap p50", "p90", "p99", "max ms", "steps")
-        parts.append(_table(header, map(_disturbance_cells, results.disturbances)))
+        gaps = ("gap p50", "p90", "p99", "max ms", "steps")
+        columns = ("drafters (synthetic)", "tokens/s", *gaps)
+        parts.append(_table(columns, map(_disturbance_cells, results.disturbances)))
     if results.real:
         parts.append(prompts_markdown(results.real))
     return "\n".join(parts)

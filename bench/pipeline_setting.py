@@ -13,6 +13,7 @@ from orchestrator.planner.tree_simulation import simulate
 GOOD = (0.8, 0.1, 0.05)
 POOR = (0.3, 0.05, 0.02)
 HOPELESS = (0.05, 0.0, 0.0)
+_SIMULATED_STEPS_MIN = 200
 NODES_MAX = 32
 """Guesses of a verify step: the verifier's default."""
 
@@ -94,7 +95,8 @@ def expected(setting: Setting, rtt_s: float, steps: int = 2_000) -> Expected:
         drafters=setting.drafters,
         silent_drafters=setting.drafters if setting.silent else 0,
         nodes_max=NODES_MAX,
-        steps=steps,
+        # Many sessions average out what one needs many steps for.
+        steps=max(_SIMULATED_STEPS_MIN, steps // setting.sessions),
     )
     simulated = simulate(scenario)
     verifiers = min(setting.verifiers, setting.sessions)
