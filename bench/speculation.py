@@ -15,6 +15,7 @@ import os
 import platform
 import statistics
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -60,20 +61,35 @@ def main(repeats: int, tokens_max: int, temperature: float, **options: Any) -> N
     """Measure speculated against target-only decoding, prompt by prompt."""
     console = Console()
     config = LocalConfig(port=None, **options)
-    prompts = json.loads(PROMPTS.read_text())["prompts"]
+    prompts = load_prompts()
     with (
         LocalFleet(config, console) as fleet,
         Client(fleet.endpoint) as client,
         Progress(console=console) as progress,
     ):
         task = progress.add_task("measuring", total=len(prompts) * (2 * repeats + 1))
-        cases = [
-            _measure(
-                client, entry, repeats, tokens_max, temperature, lambda: progress.advance(task)
-            )
-            for entry in prompts
-        ]
+        cases = measure_prompts(
+            client, prompts, repeats, tokens_max, temperature, lambda: progress.advance(task)
+        )
     _report(console, config, cases, temperature, repeats)
+
+
+def load_prompts() -> list[dict[str, str]]:
+    """The benchmark's prompts, each with its category."""
+    prompts: list[dict[str, str]] = json.loads(PROMPTS.read_text())["prompts"]
+    return prompts
+
+
+def measure_prompts(
+    client: Client,
+    prompts: Sequence[dict[str, str]],
+    repeats: int,
+    tokens_max: int,
+    temperature: float,
+    advance: Callable[[], object],
+) -> list[Case]:
+    """Answer each prompt `repeats` times with and without speculation, in turn."""
+    return [_measure(client, entry, repeats, tokens_max, temperature, advance) for entry in prompts]
 
 
 def _measure(
@@ -82,7 +98,7 @@ def _measure(
     repeats: int,
     tokens_max: int,
     temperature: float,
-    advance: Any,
+    advance: Callable[[], object],
 ) -> Case:
     def run(speculation: bool) -> Completion:
         request = Request(
@@ -132,7 +148,8 @@ def _cells(case: Case) -> tuple[str, ...]:
     )
 
 
-def _markdown(cases: list[Case]) -> str:
+def markdown(cases: Sequence[Case]) -> str:
+    """A table of the cases."""
     rows = [_HEADER, ("---",) * len(_HEADER), *map(_cells, cases)]
     return "\n".join(f"| {' | '.join(row)} |" for row in rows) + "\n"
 
@@ -164,7 +181,7 @@ def _report(
         "cases": [asdict(case) for case in cases],
     }
     path.write_text(json.dumps(record, indent=2) + "\n")
-    path.with_suffix(".md").write_text(_markdown(cases))
+    path.with_suffix(".md").write_text(markdown(cases))
     overall = math.exp(statistics.fmean(math.log(case.speedup) for case in cases))
     identical = sum(case.identical for case in cases)
     Console(width=1_000, highlight=False).print(

@@ -1,0 +1,53 @@
+"""The pipelining benchmark runs: a fleet behind links, measured, described, written down."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bench import pipeline
+from bench.pipeline_parts import Effort
+from bench.pipeline_setting import Setting
+from bench.streams import Load, observe
+from bench.synthetic_fleet import SyntheticFleet
+
+TINY = Effort(1, 1.0, 0.5, 200, (2.0,), (4,), 1.5, 2.0)
+
+
+@pytest.mark.slow
+def test_parts_are_measured_and_written_down(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "QUICK", TINY)
+    arguments = ["--quick", "--parts", "rtt,recover", "--results-dir", str(tmp_path)]
+    answer = CliRunner().invoke(pipeline.main, arguments, catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    last = answer.output.strip().splitlines()[-1]
+    assert last.startswith("result: pipeline rtt0.5=na rtt2=")
+    record = json.loads((tmp_path / "pipeline.json").read_text())
+    (row,) = record["rows"]
+    assert row["synthetic"] is True
+    # Steps of 22 ms: at most 45 tokens a second without guesses, and more with a good drafter.
+    assert 20 < row["target_only_tokens_per_s"] < 46
+    assert row["speedup"] > 1.5
+    assert 2.0 <= row["rtt_ms"] < 6.0
+    assert len(record["recovery"]["changes_s"]) == 4
+
+
+@pytest.mark.slow
+def test_drafters_are_changed_while_the_fleet_runs() -> None:
+    setting = Setting()
+    load = Load(1, speculation=True, skipped_s=0.3, window_s=1.0)
+    with SyntheticFleet(setting, links=False) as fleet:
+        rates = {}
+        for silent in (True, False):
+            fleet.change(silent=silent)
+            fleet.reset_steps()
+            seen = observe(fleet.address, load)
+            rates[silent] = sum(n for _, n in seen.merged)
+            ((drafted, _),) = fleet.draft_steps()
+            assert (drafted == 0) == silent
+        assert rates[False] > 1.5 * rates[True]

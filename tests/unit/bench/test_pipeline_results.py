@@ -1,0 +1,120 @@
+"""What the pipelining benchmark says of its measurements."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from bench.pipeline_results import (
+    Disturbance,
+    Recovery,
+    Results,
+    Row,
+    colocated_tree_wins_ms,
+    markdown,
+    result_lines,
+)
+from bench.pipeline_setting import Expected, Setting
+from bench.timelines import Spread
+
+EXPECTED = Expected(
+    target_only=45.0,
+    simulation=180.0,
+    simulated_occupancy=1.0,
+    colocated_chain=105.0,
+    colocated_tree=140.0,
+    lockstep=100.0,
+    pull=160.0,
+    push=170.0,
+)
+
+
+def row(part: str, rtt_ms: float, speculated: float, **changes: object) -> Row:
+    values: dict[str, object] = {
+        "name": f"{part} {rtt_ms:g}",
+        "part": part,
+        "setting": Setting(),
+        "rtt_nominal_ms": rtt_ms,
+        "rtt_ms": rtt_ms + 0.5,
+        "target_only": (40.0, 44.0, 50.0),
+        "speculated": (speculated * 40, speculated * 44, speculated * 50),
+        "expected": EXPECTED,
+    }
+    return Row(**(values | changes))  # type: ignore[arg-type]
+
+
+def last_line(results: Results) -> dict[str, str]:
+    line = result_lines(results)[-1]
+    assert line.startswith("result: pipeline ")
+    return dict(word.split("=") for word in line.split()[2:])
+
+
+def test_a_speedup_is_the_median_of_ratios_within_repeats() -> None:
+    measured = row("rtt", 2.0, 1.0, target_only=(10.0, 20.0, 40.0), speculated=(30.0, 50.0, 60.0))
+    assert measured.speedup == 2.5  # of 3, 2.5 and 1.5
+    assert measured.vs_simulation == pytest.approx(50 / 180)
+    assert measured.noise is None
+
+
+def test_a_record_is_plain_carries_the_planners_keys_and_its_label() -> None:
+    record = json.loads(json.dumps(row("rtt", 2.0, 3.0).record()))
+    planner = {"step_ms", "draft_ms", "leaves", "agreement", "rtt_ms", "sessions", "verifiers"}
+    assert planner | {"drafters", "tokens_per_s"} <= record.keys()
+    assert record["synthetic"] is True
+    assert record["rtt_ms"] == 2.5
+    assert record["tokens_per_s"] == 132.0
+
+
+def test_the_last_line_has_every_key_even_if_nothing_was_measured() -> None:
+    keys = "rtt0.5 rtt2 rtt5 rtt10 rtt20 worst_vs_target occupancy vs_simulation floor"
+    expected = dict.fromkeys([*keys.split(), "recover_s", "recover_up_s"], "na")
+    assert last_line(Results()) == expected
+
+
+def test_the_last_line_says_the_worst_of_each() -> None:
+    rows = [
+        row("rtt", 2.0, 3.5, occupancy=(0.2,)),
+        row("rtt", 20.0, 2.5),
+        row("floor", 2.0, 0.99),
+        row("floor", 50.0, 0.97),
+        row("fleet", 2.0, 2.0, setting=Setting(sessions=4), occupancy=(0.4,)),
+        row("fleet", 2.0, 1.5, setting=Setting(sessions=16), occupancy=(0.9, 0.97, 0.99)),
+        row("fleet", 2.0, 0.95, setting=Setting(sessions=64), occupancy=(0.98,)),
+    ]
+    curve = ((0.5, 1.0),)
+    recovery = Recovery(45.0, 160.0, (1.0, 2.0), curve, (0.5, 1.5), (0.75, None))
+    said = last_line(Results(rows=rows, recovery=recovery))
+    assert said["rtt2"] == "3.50"
+    assert said["rtt20"] == "2.50"
+    assert said["rtt5"] == "na"
+    assert said["worst_vs_target"] == "0.95"
+    assert said["floor"] == "0.97"
+    assert said["occupancy"] == "0.97"
+    # Useless drafters have no business with it.
+    assert said["vs_simulation"] == f"{0.95 * 44 / 180:.2f}"
+    assert said["recover_s"] == "1.50"
+    assert said["recover_up_s"] == "na"
+
+
+def test_the_colocated_tree_wins_where_the_measured_line_comes_down_to_it() -> None:
+    tree = EXPECTED.colocated_tree / 44
+    rows = [row("rtt", 9.5, tree * 0.9), row("rtt", 1.5, tree * 1.1)]
+    assert colocated_tree_wins_ms(rows) == pytest.approx(6.0)
+    assert colocated_tree_wins_ms(rows[1:]) is None
+
+
+def test_the_tables_name_everything_and_say_that_it_is_synthetic() -> None:
+    gaps = Spread(0.5, 1.0, 2.0, 3.0, 400)
+    results = Results(
+        rows=[row("rtt", 2.0, 3.5, again=(40.0, 44.0, 50.0))],
+        recovery=Recovery(45.0, 160.0, (), (), (0.5, None), (0.75, 1.0)),
+        disturbances=[Disturbance("one 300 ms late", (150.0,), gaps)],
+    )
+    text = markdown(results)
+    assert "| rtt 2 | 2.50 | 44.0 | 154.0 | 3.50 | 4.00 | 0.86 |" in text
+    assert "| 1.000 |" in text
+    assert "at none of these" in text
+    assert "| dropped, again | never |" in text
+    assert "| one 300 ms late | 150.0 | 0.50 | 1.00 | 2.00 | 3.00 | 400 |" in text
+    assert text.count("(synthetic)") == 3
