@@ -53,6 +53,11 @@ class ShapedProposer:
         """The draft model's identity."""
         return self._inner.info
 
+    @property
+    def leaves_max(self) -> int:
+        """Leaves that a step expands."""
+        return self._inner.leaves_max
+
     def reset(self) -> None:
         """Forget the steps so far."""
         self.steps, self.busy_s = 0, 0.0

@@ -23,8 +23,8 @@ class Frontier:
         self, tree: DraftTree, expanded: Container[Node], *, logprob_min: float, deepest: int
     ) -> None:
         """Nodes less probable than `logprob_min`, or at positions from `deepest` on, are left."""
-        self.root = tree.root
-        self.deepest = deepest
+        self._root = tree.root
+        self._deepest = deepest
         self._logprob_min = logprob_min
         self._heap: list[Entry] = []
         self._arrivals = 0
@@ -37,9 +37,13 @@ class Frontier:
                 if logprob >= logprob_min:
                     level.append((logprob, child))
 
+    def serves(self, root: Node, logprob_min: float, deepest: int) -> bool:
+        """True if this is the frontier of the tree with that root, within those bounds."""
+        return root is self._root and logprob_min == self._logprob_min and deepest == self._deepest
+
     def add(self, node: Node, path_logprob: float) -> None:
         """Enter a new node below the root, after its parent."""
-        if path_logprob >= self._logprob_min and node.position < self.deepest:
+        if path_logprob >= self._logprob_min and node.position < self._deepest:
             self._arrivals += 1
             heapq.heappush(self._heap, (-path_logprob, self._arrivals, node))
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
@@ -27,6 +28,9 @@ from outrider.model.language_model import LanguageModel, Row
 from outrider.model.loading import Device, Dtype, load_language_model
 from outrider.model.sampling import ACCEPT_LOGPROB_FLOOR, rank_candidates
 from outrider.model.threads import set_threads
+
+_PROBABILITY_MIN = 1e-30
+"""Of a path, whatever a budget says."""
 
 
 @dataclass(slots=True)
@@ -61,9 +65,8 @@ class LanguageModelProposer:
         info: ModelInfo,
         *,
         leaves_max: int = 8,
-        width: int = 3,
+        width: int = 4,
         prefill_tokens_max: int = 256,
-        path_probability_min: float = 0.02,
         kv_tokens_max: int | None = None,
     ) -> None:
         self._model = model
@@ -73,13 +76,17 @@ class LanguageModelProposer:
         self._leaves_max = leaves_max
         self._width = width
         self._prefill_tokens_max = prefill_tokens_max
-        self._path_logprob_min = math.log(path_probability_min)
         self._states: dict[tuple[int, int], _State] = {}
 
     @property
     def info(self) -> ModelInfo:
         """The draft model's identity."""
         return self._info
+
+    @property
+    def leaves_max(self) -> int:
+        """Leaves, over all sessions, that a step expands."""
+        return self._leaves_max
 
     def open(self, mirror: Mirror) -> None:
         """Begin with empty KV; it is filled by `grow`."""
@@ -132,8 +139,9 @@ class LanguageModelProposer:
         """Give the nodes their children; consumes one guess for each."""
         mirror = growth.mirror
         state = self._states[mirror.key]
+        width = mirror.budget.width_max
         for path_logprob, node in growth.nodes:
-            for token, logprob in zip(*next(guesses), strict=True):
+            for token, logprob in islice(zip(*next(guesses), strict=True), width):
                 if logprob <= ACCEPT_LOGPROB_FLOOR:
                     break  # the filters leave no more tokens
                 known = token in node.children
@@ -214,15 +222,17 @@ class LanguageModelProposer:
         """Take the session's best unexpanded nodes from its frontier."""
         state = self._states[mirror.key]
         # Each must get a child at least: one that is expanded without stays barren for good.
-        count_max = min(self._leaves_max, math.ceil(mirror.room / self._width))
+        width = max(1, min(self._width, mirror.budget.width_max))
+        count_max = min(self._leaves_max, math.ceil(mirror.room / width))
         if count_max <= 0:
             return []
         deepest = mirror.tree.root.position + mirror.budget.depth_max
         deepest = min(deepest, self._model.length_max - 1)
+        least = math.log(max(_PROBABILITY_MIN, mirror.budget.probability_min))
         frontier = state.frontier
-        if frontier is None or frontier.root is not mirror.tree.root or frontier.deepest != deepest:
+        if frontier is None or not frontier.serves(mirror.tree.root, least, deepest):
             frontier = state.frontier = Frontier(
-                mirror.tree, state.slot_of, logprob_min=self._path_logprob_min, deepest=deepest
+                mirror.tree, state.slot_of, logprob_min=least, deepest=deepest
             )
         return [(mirror, entry) for entry in frontier.take(count_max)]
 

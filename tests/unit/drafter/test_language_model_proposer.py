@@ -76,7 +76,7 @@ class Watched:
 
 def proposer_of(model: Any, **options: Any) -> LanguageModelProposer:
     info = ModelInfo("draft", "f", "t", model.vocabulary_size, model.length_max, "float32")
-    return LanguageModelProposer(model, info, **{"path_probability_min": 1e-6, **options})
+    return LanguageModelProposer(model, info, **options)
 
 
 def spec_of(
@@ -89,8 +89,9 @@ def spec_of(
     nodes_max: int = 60,
     depth_max: int = 12,
     vocabulary_size: int = 260,
+    probability_min: float = 0.0,
 ) -> BindSpec:
-    budget = DraftBudget(nodes_max, depth_max, 0.0)
+    budget = DraftBudget(nodes_max, depth_max, 0.0, probability_min=probability_min)
     return BindSpec(session, 1, 1, prompt, committed, sampling, seed, "t", vocabulary_size, budget)
 
 
@@ -157,7 +158,7 @@ SAMPLINGS = pytest.mark.parametrize("sampling", [GREEDY, SAMPLED, FILTERED], ids
 def test_a_chain_of_the_targets_own_model_is_the_targets_text(
     model: LanguageModel, sampling: SamplingParams
 ) -> None:
-    proposer = proposer_of(model, width=1, leaves_max=1, path_probability_min=1e-30)
+    proposer = proposer_of(model, width=1, leaves_max=1)
     spec = spec_of(sampling)
     mirror = opened(proposer, spec)
     assert grow_out(proposer, mirror) == 12
@@ -360,8 +361,8 @@ def test_the_depth_is_bounded(model: LanguageModel) -> None:
 
 
 def test_improbable_branches_are_not_followed(model: LanguageModel) -> None:
-    proposer = proposer_of(model, path_probability_min=0.1)
-    mirror = opened(proposer, spec_of(GREEDY))
+    proposer = proposer_of(model)
+    mirror = opened(proposer, spec_of(GREEDY, probability_min=0.1))
     grow_out(proposer, mirror)
     for path_logprob, node in mirror.tree.ranked():
         assert bool(node.children) == (path_logprob >= math.log(0.1))
@@ -407,7 +408,7 @@ def short() -> LanguageModel:
 
 
 def test_guesses_end_where_the_models_text_ends(short: LanguageModel) -> None:
-    proposer = proposer_of(short, width=1, path_probability_min=1e-30)
+    proposer = proposer_of(short, width=1)
     mirror = opened(proposer, spec_of(GREEDY))
     grow_out(proposer, mirror)
     assert len(PROMPT) == 19
