@@ -54,6 +54,7 @@ from orchestrator.messages import (
 from orchestrator.placement import choose_drafters, choose_verifier
 from orchestrator.session import Session, State
 from orchestrator.text import TextStream
+from orchestrator.tracing import SessionTrace
 from orchestrator.workers import (
     NO_STEP,
     DrafterBatch,
@@ -129,7 +130,14 @@ class Driver:
         now_s = time.monotonic()
         generation = Generation(job.info, now_s, prompt_wanted=job.prompt_logprobs)
         generation.choices += [
-            Running(generation, choice, session, heard_s=now_s, progress_s=now_s)
+            Running(
+                generation,
+                choice,
+                session,
+                heard_s=now_s,
+                progress_s=now_s,
+                trace=SessionTrace(now_s) if job.trace else None,
+            )
             for choice, session in enumerate(self._sessions(job))
         ]
         self._running.update({running.number: running for running in generation.choices})
@@ -160,8 +168,7 @@ class Driver:
     def _verifier_batch(self, link: VerifierLink, batch: VerifierBatch) -> None:
         now_s = time.monotonic()
         if batch.step is not None:
-            link.step, link.stepped_s = batch.step, now_s
-            link.pace.observe(batch.step)
+            link.took_step(batch.step, now_s)
         for number, epoch in batch.opened:
             running = self._on(link, number)
             if running is not None:
@@ -180,12 +187,10 @@ class Driver:
             running = self._on(link, number)
             if running is None:
                 continue
-            running.heard_s = now_s
-            if commit.tokens:
-                running.progress_s = now_s
-                if running.first_token_s is None:
-                    running.first_token_s = now_s - running.generation.started_s
-            running.commit_bytes, running.spell_counters = commit_bytes, report.counters
+            running.heard(now_s, commit_bytes, commit, report.counters)
+            if running.trace is not None:
+                offset_s = link.clock_offset_s
+                running.trace.committed(now_s, link.address, offset_s, batch.step, commit, report)
             self._step(running, Committed(commit, report))
 
     def _drafter_batch(self, link: DrafterLink, batch: DrafterBatch) -> None:
@@ -199,6 +204,9 @@ class Driver:
             verifier = self._fleet.verifiers.get(bound.session.verifier or "")
             if verifier is not None:
                 verifier.offer(number, link.source, draft)
+                if bound.trace is not None:
+                    now_s, offset_s = time.monotonic(), link.clock_offset_s
+                    bound.trace.drafted(now_s, link.address, offset_s, batch.step, len(draft))
         for rejection in batch.rejections:
             running = self._bound(link, rejection.session, rejection.binding)
             if running is not None:
@@ -309,6 +317,14 @@ class Driver:
                 running.engagement.trial = False
                 self._rotation.paid(now_s)
             for binding in judgement.useless:
+                if running.trace is not None:
+                    running.trace.decided(
+                        now_s,
+                        "drafter unbound",
+                        drafter=drafters[binding].address,
+                        speedup=judgement.speedup,
+                        gain=judgement.gains[binding],
+                    )
                 del drafters[binding]
                 self._step(running, DrafterUseless(binding))
             if not running.session.bindings:
@@ -356,7 +372,8 @@ class Driver:
             case Finish():
                 total_s = time.monotonic() - generation.started_s
                 first_s = running.first_token_s or total_s
-                generation.say(Ending(running.choice, command, first_s, total_s))
+                trace = running.trace.to_json() if running.trace is not None else b""
+                generation.say(Ending(running.choice, command, first_s, total_s, trace))
 
     def _fail(self, generation: Generation, error: OutriderError) -> None:
         """End all choices: half a generation is of no use, and a stream has one status."""
@@ -388,4 +405,9 @@ class Driver:
             return
         for view in choose_drafters(self._fleet.drafter_views(verifier), info, count, exclude):
             running.bindings_made += 1
+            if running.trace is not None:
+                expected = round(view.tokens, 2)
+                running.trace.decided(
+                    time.monotonic(), "drafter bound", drafter=view.address, expected=expected
+                )
             self._step(running, DrafterAttached(running.bindings_made, view.address))

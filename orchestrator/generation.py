@@ -13,7 +13,8 @@ from typing import TypeAlias
 from orchestrator.engagement import Engagement
 from orchestrator.messages import Deliver, DeliverPrompt, Finish
 from orchestrator.session import Session, State
-from outrider.domain import DraftBudget, ModelInfo, SpeculationCounters
+from orchestrator.tracing import SessionTrace
+from outrider.domain import Commit, DraftBudget, ModelInfo, SpeculationCounters
 from outrider.errors import OutriderError
 from outrider.serving.queues import Mailbox
 
@@ -34,6 +35,8 @@ class Ending:
     finish: Finish
     first_token_s: float
     total_s: float
+    trace: bytes = b""
+    """Timeline, if the request asked for one."""
 
 
 Output: TypeAlias = DeliverPrompt | Delivery | Ending | OutriderError
@@ -56,10 +59,23 @@ class Running:
     budgets: dict[int, DraftBudget] = field(default_factory=dict)
     """What the drafters were told, by binding."""
     engagement: Engagement = field(default_factory=Engagement)
+    trace: SessionTrace | None = None
+    """Timeline, if the request asked for one."""
     spell_counters: SpeculationCounters = field(default_factory=SpeculationCounters)
     """As the present verifier last stated them."""
     commit_bytes: bytes = b""
     """The commit under way, as it came."""
+
+    def heard(
+        self, now_s: float, commit_bytes: bytes, commit: Commit, counters: SpeculationCounters
+    ) -> None:
+        """Take note of a commit that arrived."""
+        self.heard_s = now_s
+        self.commit_bytes, self.spell_counters = commit_bytes, counters
+        if commit.tokens:
+            self.progress_s = now_s
+            if self.first_token_s is None:
+                self.first_token_s = now_s - self.generation.started_s
 
     @property
     def number(self) -> int:

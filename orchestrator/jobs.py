@@ -36,6 +36,7 @@ class Request:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     cache_salt: str = ""
+    trace: bool = False
 
     @property
     def input_field(self) -> str:
@@ -55,6 +56,8 @@ class Job:
     """A session for each continuation, by choice; the driver numbers them."""
     stop: tuple[str, ...]
     speculation: bool
+    trace: bool = False
+    """Timelines of the sessions are wanted."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -92,7 +95,9 @@ def job_of(request: Request, info: ModelInfo, codec: TextCodec, config: DriverCo
         replace(first, seed=session_seed(request.seed, choice), prompt_logprobs=None)
         for choice in range(1, request.n)
     )
-    return Job(info, request.seed, (first, *others), request.stop, request.speculation)
+    return Job(
+        info, request.seed, (first, *others), request.stop, request.speculation, request.trace
+    )
 
 
 def _check_choices(count: int, config: DriverConfig) -> None:

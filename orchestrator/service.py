@@ -134,6 +134,7 @@ def _request(message: generation_pb2.GenerateRequest, config: DriverConfig) -> R
         logprobs=given.get("logprobs"),
         prompt_logprobs=given.get("prompt_logprobs"),
         cache_salt=message.cache_salt,
+        trace=message.trace,
     )
 
 
@@ -179,5 +180,6 @@ def _response(output: DeliverPrompt | Delivery | Ending, prompt_tokens: int) -> 
                         first_token_s=output.first_token_s, total_s=output.total_s
                     ),
                     choice=choice,
+                    trace=output.trace,
                 )
             )

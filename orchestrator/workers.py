@@ -120,6 +120,8 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
         """Sessions of this orchestrator on the worker; kept by the driver."""
         self.rtt_s = 0.0
         """Least round trip of late; 0 until it was measured."""
+        self.clock_offset_s = 0.0
+        """What to add to the worker's clock to get `time.monotonic`."""
         self._rtts_s: deque[float] = deque(maxlen=_PINGS_KEPT)
         self._orchestrator = orchestrator
         self._pending: RequestT = self._new_request()
@@ -231,9 +233,13 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
         with contextlib.suppress(grpc.aio.AioRpcError):
             while True:
                 started_s = time.perf_counter()
-                await ask()
-                self._rtts_s.append(time.perf_counter() - started_s)
+                answer = await ask()
+                rtt_s = time.perf_counter() - started_s
+                self._rtts_s.append(rtt_s)
                 self.rtt_s = min(self._rtts_s)
+                if rtt_s == self.rtt_s:
+                    # The quickest answer says most about the worker's clock.
+                    self.clock_offset_s = time.monotonic() - rtt_s / 2 - answer.clock_s
                 first = len(self._rtts_s) < _PINGS_KEPT
                 await asyncio.sleep(_PING_FIRST_S if first else _PING_S)
 
@@ -274,6 +280,11 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
         """When it was heard of, on the driver's clock."""
         self._on_change, self._on_batch = on_change, on_batch
         self._on_tokenizer, self._has_tokenizer = on_tokenizer, has_tokenizer
+
+    def took_step(self, step: StepReport, now_s: float) -> None:
+        """Take note of a verify step."""
+        self.step, self.stepped_s = step, now_s
+        self.pace.observe(step)
 
     def open(self, spec: SessionSpec) -> None:
         """Queue a session to open."""

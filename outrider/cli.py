@@ -147,6 +147,30 @@ def fetch(model: str, cache_dir: Path) -> None:
     logging.getLogger(__name__).debug("in %s", files)
 
 
+@main.group()
+def trace() -> None:
+    """Look at timelines that `outrider generate --trace FILE` has written."""
+
+
+@trace.command()
+@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
+@click.option(
+    "--output",
+    "-o",
+    type=click.Path(path_type=Path, dir_okay=False),
+    help="PNG, SVG or PDF.  [default: FILE with .png]",
+)
+@click.option("--begin", "begin_s", type=click.FloatRange(min=0), default=0.0, help="Seconds.")
+@click.option("--end", "end_s", type=click.FloatRange(min=0), help="Seconds.  [default: all]")
+def plot(file: Path, output: Path | None, begin_s: float, end_s: float | None) -> None:
+    """Draw the timeline in FILE: draft steps, flights, verify steps, waits, hits and misses."""
+    from outrider.trace_plot import draw_trace, read_trace
+
+    output = output or file.with_suffix(".png")
+    bars = draw_trace(read_trace(file), output, begin_s, end_s)
+    click.echo(f"{output}: {bars} bars")
+
+
 def local_options(command: F) -> F:
     """Add the options that describe a fleet on this machine."""
     options: tuple[Callable[[Any], Any], ...] = (

@@ -21,6 +21,7 @@ from outrider.client import (
 )
 from outrider.config import DEFAULT_ENDPOINT
 from outrider.domain import TokenLogprobs
+from outrider.errors import InvalidRequest
 from outrider.serving.options import apply
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -109,6 +110,13 @@ def sampling_options(command: F) -> F:
             default="",
             help="Share computed prefixes only with requests of the same salt.",
         ),
+        click.option(
+            "--trace",
+            "trace_path",
+            type=click.Path(path_type=Path, dir_okay=False),
+            help="Write the session's timeline here, for chrome://tracing, ui.perfetto.dev or"
+            " `outrider trace plot`.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print one JSON object instead."),
     )
     return apply(command, *options)
@@ -136,7 +144,9 @@ def sampling_options(command: F) -> F:
     metavar="ALTERNATIVES",
     help="The same for the prompt's tokens.",
 )
-def generate(prompt: str | None, endpoint: str, as_json: bool, **options: Any) -> None:
+def generate(
+    prompt: str | None, endpoint: str, as_json: bool, trace_path: Path | None, **options: Any
+) -> None:
     """Continue PROMPT, as it is (no chat template). Reads standard input if PROMPT is left out.
 
     \b
@@ -145,7 +155,8 @@ def generate(prompt: str | None, endpoint: str, as_json: bool, **options: Any) -
     How sure the model is:          outrider generate "Paris is in" --logprobs 3 --tokens-max 1
     """
     text = prompt if prompt is not None else sys.stdin.read()
-    _run(endpoint, Request(prompt=text, **options), as_json)
+    request = Request(prompt=text, trace=trace_path is not None, **options)
+    _run(endpoint, request, as_json, trace_path)
 
 
 @click.command()
@@ -153,12 +164,19 @@ def generate(prompt: str | None, endpoint: str, as_json: bool, **options: Any) -
 @click.option("--system", help="System message.")
 @sampling_options
 def chat(
-    message: str | None, system: str | None, endpoint: str, as_json: bool, **options: Any
+    message: str | None,
+    system: str | None,
+    endpoint: str,
+    as_json: bool,
+    trace_path: Path | None,
+    **options: Any,
 ) -> None:
     """Answer MESSAGE; without it, hold a conversation in the terminal (end it with Ctrl-D)."""
     turns: list[tuple[str, str]] = [("system", system)] if system else []
+    options["trace"] = trace_path is not None
     if message is not None:
-        _run(endpoint, Request(chat=[*turns, ("user", message)], **options), as_json)
+        request = Request(chat=[*turns, ("user", message)], **options)
+        _run(endpoint, request, as_json, trace_path)
         return
     while True:
         try:
@@ -166,15 +184,19 @@ def chat(
         except click.Abort:
             return
         turns.append(("user", line))
-        answer = _run(endpoint, Request(chat=list(turns), **options), as_json)
+        answer = _run(endpoint, Request(chat=list(turns), **options), as_json, trace_path)
         turns.append(("assistant", answer))
 
 
-def _run(endpoint: str, request: Request, as_json: bool) -> str:
-    """Show one generation in the terminal; returns the text of its first choice."""
+def _run(endpoint: str, request: Request, as_json: bool, trace_path: Path | None) -> str:
+    """Show one generation in the terminal; returns the text of its first choice.
+
+    The timeline that is written is the first choice's.
+    """
     with Client(endpoint) as client:
         if as_json:
             completions = client.complete_all(request)
+            _write_trace(trace_path, completions[0].finished)
             found = [_as_json(completion, request) for completion in completions]
             click.echo(json.dumps(found[0] if request.n == 1 else {"choices": found}))
             return completions[0].text
@@ -189,7 +211,18 @@ def _run(endpoint: str, request: Request, as_json: bool) -> str:
                     click.echo(event.text, nl=False)
                 case Finished():
                     _echo_end(collector.completion(event.choice), request)
-        return collector.completion(0).text
+        first = collector.completion(0)
+        _write_trace(trace_path, first.finished)
+        return first.text
+
+
+def _write_trace(path: Path | None, finished: Finished) -> None:
+    if path is None:
+        return
+    try:
+        path.write_bytes(finished.trace)
+    except OSError as error:
+        raise InvalidRequest("trace", f"cannot write {path}: {error.strerror}") from error
 
 
 def _echo_end(completion: Completion, request: Request) -> None:

@@ -383,6 +383,8 @@ class StepReport:
     """On the verifier's own clock."""
     pay_min: float = 0.0
     """If no guess is more probable than this, none was worth verifying in this step."""
+    wait_gain: float = 0.0
+    """Tokens by which waiting promised to win more than it cost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -328,6 +328,7 @@ def step_report_from_pb(message: verifier_pb2.StepReport) -> StepReport:
         message.committed,
         message.started_s,
         message.pay_min,
+        message.wait_gain,
     )
 
 
@@ -344,6 +345,7 @@ def step_report_to_pb(report: StepReport) -> verifier_pb2.StepReport:
         committed=report.committed,
         started_s=report.started_s,
         pay_min=report.pay_min,
+        wait_gain=report.wait_gain,
     )
 
 

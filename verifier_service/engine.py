@@ -386,6 +386,7 @@ class Engine:
             committed=committed,
             started_s=started,
             pay_min=min(1.0, self._calibrations.pay_min),
+            wait_gain=hold.gain if (hold := self._waiting.last_hold) is not None else 0.0,
         )
         # To those in prefill, and to those that wait: a step is a sign of life.
         connections = {plan.seat.session.connection for plan in plans}

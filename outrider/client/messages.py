@@ -32,6 +32,7 @@ def request_to_pb(request: Request) -> generation_pb2.GenerateRequest:
         ignore_eos=request.ignore_eos,
         speculation=request.speculation,
         cache_salt=request.cache_salt,
+        trace=request.trace,
     )
     if request.prompt is not None:
         message.prompt = request.prompt
@@ -143,6 +144,7 @@ def event_from_pb(response: generation_pb2.GenerateResponse) -> Event:
                 finished.timings.first_token_s,
                 finished.timings.total_s,
                 finished.choice,
+                finished.trace,
             )
         case _:
             raise InternalError("the server sent an event that this client does not know")

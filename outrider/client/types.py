@@ -51,6 +51,8 @@ class Request:
     """The same for the prompt's tokens."""
     cache_salt: str = ""
     """Requests share computed prefixes only within one salt."""
+    trace: bool = False
+    """A timeline of each continuation is wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,6 +99,8 @@ class Finished:
     """From admission to the first token, as the orchestrator saw it."""
     total_s: float
     choice: int = 0
+    trace: bytes = b""
+    """Timeline as a Chrome trace (JSON), if it was asked for."""
 
 
 Event: TypeAlias = Started | PromptTokens | Delta | Finished

@@ -12,6 +12,7 @@ import asyncio
 import contextlib
 import itertools
 import logging
+import time
 from collections.abc import AsyncIterator
 from typing import Any, Generic, TypeVar
 
@@ -83,6 +84,7 @@ class WorkerEdge(worker_pb2_grpc.WorkerServiceServicer, abc.ABC, Generic[Request
             incarnation=self._incarnation,
             draining=self._draining,
             sessions_max=self._sessions_max,
+            clock_s=time.perf_counter(),
         )
 
     async def _converse(

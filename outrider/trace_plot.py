@@ -1,0 +1,112 @@
+"""Draws a session's timeline from a trace that `outrider generate --trace` has written."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from outrider.errors import InvalidRequest
+
+_COLOURS = {
+    "verify step": "C0",
+    "wait for drafts": "C3",
+    "draft step": "C2",
+    "draft": "C8",
+    "commit": "C9",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Span:
+    """One bar: seconds from the session's beginning."""
+
+    lane: str
+    name: str
+    start_s: float
+    duration_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """One instant, such as a hit, a miss, or a decision."""
+
+    name: str
+    at_s: float
+
+
+@dataclass(frozen=True, slots=True)
+class Timeline:
+    """What a trace holds."""
+
+    spans: tuple[Span, ...]
+    marks: tuple[Mark, ...]
+
+
+def read_trace(path: Path) -> Timeline:
+    """Read a trace. Raises `InvalidRequest` for a file that is none."""
+    try:
+        trace: Any = json.loads(path.read_bytes())
+        events = trace["traceEvents"]
+        lanes = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
+        spans = tuple(
+            Span(lanes[e["pid"]], e["name"], 1e-6 * e["ts"], 1e-6 * e["dur"])
+            for e in events
+            if e["ph"] == "X"
+        )
+        marks = tuple(Mark(e["name"], 1e-6 * e["ts"]) for e in events if e["ph"] == "i")
+    except OSError as error:
+        raise InvalidRequest("trace", f"cannot read {path}: {error.strerror}") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise InvalidRequest("trace", f"{path} is no trace of a session") from error
+    return Timeline(spans, marks)
+
+
+def draw_trace(timeline: Timeline, path: Path, begin_s: float, end_s: float | None) -> int:
+    """Draw what lies within a window as PNG, SVG or PDF, by the path's suffix.
+
+    Returns how many bars were drawn. Raises `InvalidRequest` if there is nothing to draw, or
+    matplotlib is not installed.
+    """
+    try:
+        import matplotlib
+    except ImportError:
+        raise InvalidRequest(
+            "plot", "needs matplotlib, which is not installed; try: pip install matplotlib"
+        ) from None
+    matplotlib.use("Agg")
+    from matplotlib import pyplot
+
+    last_s = max((span.start_s + span.duration_s for span in timeline.spans), default=0.0)
+    end_s = last_s if end_s is None else end_s
+    shown = [s for s in timeline.spans if s.start_s < end_s and s.start_s + s.duration_s > begin_s]
+    if not shown:
+        raise InvalidRequest("trace", f"has nothing between {begin_s:g} and {end_s:g} seconds")
+    lanes = sorted({span.lane for span in shown}, key=lambda lane: (lane == "network", lane))
+    figure, axes = pyplot.subplots(figsize=(12, 1.2 + 0.7 * len(lanes)))
+    for row, lane in enumerate(lanes):
+        for span in (span for span in shown if span.lane == lane):
+            axes.broken_barh(
+                [(1e3 * span.start_s, 1e3 * span.duration_s)],
+                (row - 0.35, 0.7),
+                facecolors=_COLOURS.get(span.name, "C7"),
+                alpha=0.5 if lane == "network" else 0.9,
+            )
+    for mark in timeline.marks:
+        if begin_s <= mark.at_s <= end_s and not mark.name.startswith("hit"):
+            axes.axvline(1e3 * mark.at_s, color="C3" if mark.name == "miss" else "k", lw=0.6)
+    axes.set_yticks(range(len(lanes)), lanes)
+    axes.set_xlim(1e3 * begin_s, 1e3 * end_s)
+    axes.set_xlabel("milliseconds since the request; red lines are misses")
+    names = [name for name in _COLOURS if any(span.name == name for span in shown)]
+    handles = [pyplot.Rectangle((0, 0), 1, 1, color=_COLOURS[name]) for name in names]
+    axes.legend(handles, names, loc="upper right", ncols=len(names), fontsize="small")
+    figure.tight_layout()
+    try:
+        figure.savefig(path)
+    except (OSError, ValueError) as error:
+        raise InvalidRequest("output", f"cannot write {path}: {error}") from error
+    finally:
+        pyplot.close(figure)
+    return len(shown)
