@@ -134,8 +134,9 @@ def fetch(model: str, cache_dir: Path) -> None:
       a folder            config.json, *.safetensors, tokenizer.json
       a Hugging Face id   such as Qwen/Qwen3-0.6B
       random:NAME?seed=1  tiny, with random weights; nothing to fetch
+      synthetic:NAME      computes nothing and sleeps as long as told; nothing to fetch
     """
-    if model.startswith("random:"):
+    if model.startswith(("random:", "synthetic:")):
         click.echo(f"{model} is made up where it runs; there is nothing to fetch")
         return
     from outrider.model.loading import resolve_model

@@ -11,11 +11,13 @@ Daliri et al., arXiv 2408.07978).
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TypeAlias
 
 from drafter_service.mirror import Mirror
+from drafter_service.proposers.frontier import Entry, Frontier
 from outrider.config import Quantize
 from outrider.domain import ModelInfo
 from outrider.draft_tree import Advance, Node
@@ -32,15 +34,22 @@ class _State:
     cache: SessionCache
     slot_of: dict[Node, int] = field(default_factory=dict)
     """KV slot of each expanded node below the root."""
+    frontier: Frontier | None = None
+    """The others, unless something has happened to the tree since."""
     used_step: int = 0
     """Step that computed something for it last."""
 
 
+_Leaf: TypeAlias = tuple[Mirror, Entry]
+
+
 @dataclass(frozen=True, slots=True)
-class _Leaf:
-    path_logprob: float
+class _Growth:
+    """What a row of a pass is for."""
+
     mirror: Mirror
-    node: Node
+    nodes: Sequence[tuple[float, Node]]
+    """(path log-probability, node) whose children the wanted logits give."""
 
 
 class LanguageModelProposer:
@@ -100,32 +109,44 @@ class LanguageModelProposer:
 
     def grow(self, mirrors: Sequence[Mirror]) -> bool:
         """One forward pass: committed tokens that are missing, and the best leaves."""
-        rows, owners = self._plan(mirrors)
+        rows, growths = self._plan(mirrors)
         if not rows:
             return False
         logits = self._model.forward(rows)
-        nodes = [(mirror, node) for mirror, wanted in owners for node in wanted]
-        if nodes:
+        places = [(growth.mirror.spec, node) for growth in growths for _, node in growth.nodes]
+        if places:
             tokens, _, logprobs = rank_candidates(
                 logits,
-                [mirror.spec.sampling for mirror, _ in nodes],
-                [mirror.spec.seed for mirror, _ in nodes],
+                [spec.sampling for spec, _ in places],
+                [spec.seed for spec, _ in places],
                 # A node at index i of the sequence is followed by the token at index i + 1.
-                [node.position + 1 for _, node in nodes],
+                [node.position + 1 for _, node in places],
                 self._width,
             )
-            for (mirror, node), row_tokens, row_logprobs in zip(
-                nodes, tokens.tolist(), logprobs.tolist(), strict=True
-            ):
-                for token, logprob in zip(row_tokens, row_logprobs, strict=True):
-                    if logprob > ACCEPT_LOGPROB_FLOOR:  # else the filters leave no more tokens
-                        mirror.attach(node, token, logprob)
+            guesses = zip(tokens.tolist(), logprobs.tolist(), strict=True)
+            for growth in growths:
+                self._attach(growth, guesses)
         return True
 
-    def _plan(self, mirrors: Sequence[Mirror]) -> tuple[list[Row], list[tuple[Mirror, list[Node]]]]:
+    def _attach(self, growth: _Growth, guesses: Iterator[tuple[list[int], list[float]]]) -> None:
+        """Give the nodes their children; consumes one guess for each."""
+        mirror = growth.mirror
+        state = self._states[mirror.key]
+        for path_logprob, node in growth.nodes:
+            for token, logprob in zip(*next(guesses), strict=True):
+                if logprob <= ACCEPT_LOGPROB_FLOOR:
+                    break  # the filters leave no more tokens
+                known = token in node.children
+                child = mirror.attach(node, token, logprob)
+                if known:
+                    state.frontier = None  # its claim may have risen
+                elif child is not None and state.frontier is not None:
+                    state.frontier.add(child, path_logprob + child.accept_logprob)
+
+    def _plan(self, mirrors: Sequence[Mirror]) -> tuple[list[Row], list[_Growth]]:
         rows: list[Row] = []
-        owners: list[tuple[Mirror, list[Node]]] = []
-        leaves: list[_Leaf] = []
+        growths: list[_Growth] = []
+        ready: list[Mirror] = []
         left = self._prefill_tokens_max
         self._step += 1
         for mirror in mirrors:
@@ -133,30 +154,41 @@ class LanguageModelProposer:
             if len(mirror.log) + 1 >= self._model.length_max:
                 continue
             pending = mirror.log.since(state.cache.prefix_length)
-            if pending and left > 0:
+            if not pending:
+                ready.append(mirror)
+            elif left > 0:
                 chunk = pending[:left]
                 if not self._make_room(state, len(chunk)):
                     continue
                 left -= len(chunk)
                 done = len(chunk) == len(pending)
                 rows.append(Row(state.cache, chunk, None, [len(chunk) - 1] if done else []))
-                owners.append((mirror, [mirror.tree.root] if done else []))
-        for mirror in mirrors:
-            state = self._states[mirror.key]
-            if len(mirror.log) + 1 >= self._model.length_max or state.used_step == self._step:
-                continue
-            if not mirror.log.since(state.cache.prefix_length):
-                leaves += self._leaves(mirror, state)
-        leaves.sort(key=lambda leaf: -leaf.path_logprob)
-        for mirror, nodes in _by_mirror(leaves[: self._leaves_max]):
+                growths.append(_Growth(mirror, [(0.0, mirror.tree.root)] if done else []))
+        leaves: list[_Leaf] = []
+        for mirror in ready:
+            # Room for a chunk may have cost it its KV.
+            if len(mirror.log) == self._states[mirror.key].cache.prefix_length:
+                leaves += self._leaves(mirror)
+        leaves.sort(key=lambda leaf: leaf[1][0])
+        for mirror, entry in leaves[self._leaves_max :]:
+            self._give_back(mirror, [entry])
+        for mirror, entries in _by_mirror(leaves[: self._leaves_max]):
             state = self._states[mirror.key]
             # Room for a better one may have cost this one its KV.
-            lost = mirror.log.since(state.cache.prefix_length)
-            if lost or not self._make_room(state, len(nodes)):
+            lost = len(mirror.log) > state.cache.prefix_length
+            if lost or not self._make_room(state, len(entries)):
+                self._give_back(mirror, entries)
                 continue
+            nodes = [node for _, _, node in entries]
             rows.append(self._tree_row(mirror, nodes))
-            owners.append((mirror, nodes))
-        return rows, owners
+            growths.append(_Growth(mirror, [(-negated, node) for negated, _, node in entries]))
+        return rows, growths
+
+    def _give_back(self, mirror: Mirror, entries: Sequence[Entry]) -> None:
+        frontier = self._states[mirror.key].frontier
+        if frontier is not None:
+            for entry in entries:
+                frontier.give_back(entry)
 
     def _make_room(self, state: _State, tokens: int) -> bool:
         """Reserve room for more tokens, dropping the KV of mirrors that were idle longest.
@@ -173,24 +205,26 @@ class LanguageModelProposer:
             victim = min(idle, key=lambda other: other.used_step)
             victim.cache.clear()
             victim.slot_of.clear()
+            victim.frontier = None
         cache.reserve(cache.prefix_length + cache.tree_size + tokens)
         state.used_step = self._step
         return True
 
-    def _leaves(self, mirror: Mirror, state: _State) -> list[_Leaf]:
-        """The session's best unexpanded nodes."""
-        found: list[_Leaf] = []
+    def _leaves(self, mirror: Mirror) -> list[_Leaf]:
+        """Take the session's best unexpanded nodes from its frontier."""
+        state = self._states[mirror.key]
         # Each must get a child at least: one that is expanded without stays barren for good.
         count_max = min(self._leaves_max, math.ceil(mirror.room / self._width))
+        if count_max <= 0:
+            return []
         deepest = mirror.tree.root.position + mirror.budget.depth_max
-        for path_logprob, node in mirror.tree.ranked():
-            if path_logprob < self._path_logprob_min or len(found) >= count_max:
-                break
-            if node not in state.slot_of and node.position < min(
-                deepest, self._model.length_max - 1
-            ):
-                found.append(_Leaf(path_logprob, mirror, node))
-        return found
+        deepest = min(deepest, self._model.length_max - 1)
+        frontier = state.frontier
+        if frontier is None or frontier.root is not mirror.tree.root or frontier.deepest != deepest:
+            frontier = state.frontier = Frontier(
+                mirror.tree, state.slot_of, logprob_min=self._path_logprob_min, deepest=deepest
+            )
+        return [(mirror, entry) for entry in frontier.take(count_max)]
 
     def _tree_row(self, mirror: Mirror, nodes: list[Node]) -> Row:
         state = self._states[mirror.key]
@@ -226,8 +260,8 @@ def load_language_model_proposer(
     return LanguageModelProposer(model, info, leaves_max=leaves_max, kv_tokens_max=kv_tokens_max)
 
 
-def _by_mirror(leaves: Sequence[_Leaf]) -> list[tuple[Mirror, list[Node]]]:
-    grouped: dict[tuple[int, int], tuple[Mirror, list[Node]]] = {}
-    for leaf in leaves:
-        grouped.setdefault(leaf.mirror.key, (leaf.mirror, []))[1].append(leaf.node)
+def _by_mirror(leaves: Sequence[_Leaf]) -> list[tuple[Mirror, list[Entry]]]:
+    grouped: dict[tuple[int, int], tuple[Mirror, list[Entry]]] = {}
+    for mirror, entry in leaves:
+        grouped.setdefault(mirror.key, (mirror, []))[1].append(entry)
     return list(grouped.values())

@@ -40,6 +40,35 @@ class Row:
     """Indices into `tokens` whose logits are wanted, in this order."""
 
 
+def plan_rows(
+    rows: Sequence[Row], layout: KvLayout, *, vocabulary_size: int, length_max: int
+) -> list[Extension]:
+    """Check a pass over `rows` and say where their tokens go. Changes nothing; raises ValueError.
+
+    The sizes are those of the model that is to run them.
+    """
+    if len({id(row.cache) for row in rows}) != len(rows):
+        raise ValueError("a cache may occur only once in a pass")
+    extensions = []
+    for row in rows:
+        if row.cache.pool is not rows[0].cache.pool:
+            raise ValueError("the caches of a pass must share one pool")
+        if row.cache.layout != layout:
+            raise ValueError("the cache was made for another model")
+        if not row.tokens:
+            raise ValueError("a row needs at least one token")
+        if min(row.tokens) < 0 or max(row.tokens) >= vocabulary_size:
+            raise ValueError(f"a token id lies outside [0, {vocabulary_size})")
+        if row.wanted and (min(row.wanted) < 0 or max(row.wanted) >= len(row.tokens)):
+            raise ValueError(f"wanted logits lie outside a row of {len(row.tokens)} tokens")
+        extension = row.cache.plan(len(row.tokens), row.parents)
+        last = extension.positions.max()
+        if last >= length_max:
+            raise ValueError(f"position {last} reaches the maximum length of {length_max}")
+        extensions.append(extension)
+    return extensions
+
+
 class LanguageModel(Protocol):
     """What verifier and drafters need of a model; not safe for two threads at once."""
 
@@ -61,7 +90,7 @@ class LanguageModel(Protocol):
 
     @property
     def dtype(self) -> str:
-        """ "float32", "bfloat16" or "float16"."""
+        """ "float32", "bfloat16" or "float16"; "synthetic" where nothing is computed."""
 
     @property
     def device(self) -> torch.device:
@@ -181,7 +210,7 @@ class TransformersModel:
 
     def forward(self, rows: Sequence[Row]) -> torch.Tensor:
         """Run the rows; see `LanguageModel.forward`."""
-        extensions = self._plan(rows)
+        extensions = self._planned(rows)
         if not rows:
             return torch.empty((0, self.vocabulary_size), device=self.device)
         logits = self.run(self._inputs(rows, extensions), rows[0].cache.pool)
@@ -209,7 +238,7 @@ class TransformersModel:
         rows = [Row(cache, [0, 1], None, [0, 1])]
         layers = self.layout.layers
         try:
-            inputs = self._inputs(rows, self._plan(rows))
+            inputs = self._inputs(rows, self._planned(rows))
             with torch.inference_mode():
                 plain = attention.GatheredAttention(inputs, cache.pool, (None,) * layers)
                 probe = attention.Probe(plain, self.length_max)
@@ -223,6 +252,11 @@ class TransformersModel:
             )
         self.windows = tuple(probe.windows[layer] for layer in range(layers))
 
+    def _planned(self, rows: Sequence[Row]) -> list[Extension]:
+        return plan_rows(
+            rows, self.layout, vocabulary_size=self.vocabulary_size, length_max=self.length_max
+        )
+
     def _inputs(self, rows: Sequence[Row], extensions: Sequence[Extension]) -> StepInputs:
         """Make room in the caches and lay the rows end to end."""
         for row, extension in zip(rows, extensions, strict=True):
@@ -233,31 +267,6 @@ class TransformersModel:
             extensions,
             [row.wanted for row in rows],
         )
-
-    def _plan(self, rows: Sequence[Row]) -> list[Extension]:
-        """Check the rows and say where their tokens go. Changes nothing; raises ValueError."""
-        if len({id(row.cache) for row in rows}) != len(rows):
-            raise ValueError("a cache may occur only once in a pass")
-        extensions = []
-        for row in rows:
-            if row.cache.pool is not rows[0].cache.pool:
-                raise ValueError("the caches of a pass must share one pool")
-            if row.cache.layout != self.layout:
-                raise ValueError("the cache was made for another model")
-            if not row.tokens:
-                raise ValueError("a row needs at least one token")
-            if not all(0 <= token < self.vocabulary_size for token in row.tokens):
-                raise ValueError(f"a token id lies outside [0, {self.vocabulary_size})")
-            if not all(0 <= index < len(row.tokens) for index in row.wanted):
-                raise ValueError(f"wanted logits lie outside a row of {len(row.tokens)} tokens")
-            extension = row.cache.plan(len(row.tokens), row.parents)
-            if extension.positions.max() >= self.length_max:
-                raise ValueError(
-                    f"position {extension.positions.max()} reaches the maximum length"
-                    f" of {self.length_max}"
-                )
-            extensions.append(extension)
-        return extensions
 
     def _run(
         self,

@@ -16,7 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from outrider.config import Quantize
 from outrider.errors import ModelLoadError
-from outrider.model import attention, native, random_model
+from outrider.model import attention, native, random_model, synthetic
 from outrider.model.compiling import can_compile, compile_steps
 from outrider.model.fingerprint import folder_digest, model_fingerprint, parameters_digest
 from outrider.model.language_model import LanguageModel, ModelIdentity, TransformersModel
@@ -39,8 +39,9 @@ Dtype = Literal["float32", "bfloat16", "float16"]
 Device = Literal["auto", "cpu", "cuda"]
 
 SPEC_FORMS = (
-    f"a packaged model ({', '.join(PACKAGES)}), a tiny random one (random:NAME?seed=1), a folder"
-    " with config.json, tokenizer.json and *.safetensors, or a Hugging Face id (owner/name)"
+    f"a packaged model ({', '.join(PACKAGES)}), a tiny random one (random:NAME?seed=1), one that"
+    " computes nothing (synthetic:NAME?step=1:22), a folder with config.json, tokenizer.json and"
+    " *.safetensors, or a Hugging Face id (owner/name)"
 )
 """The forms of a model spec, for people."""
 
@@ -102,6 +103,8 @@ def load_language_model(
     try:
         if ranks is not None and quantize != "none":
             raise ModelLoadError(f"--quantize {quantize} cannot be used with several processes")
+        if spec.startswith(synthetic.PREFIX):
+            return _load_synthetic(spec, how)
         if spec.startswith(random_model.PREFIX):
             model = _load_random(spec, how)
         else:
@@ -126,6 +129,13 @@ class _How:
     quantize: Quantize
     compiled: bool
     ranks: Ranks | None
+
+
+def _load_synthetic(spec: str, how: _How) -> synthetic.SyntheticModel:
+    parsed = synthetic.parse_synthetic_spec(spec)
+    if how.quantize != "none" or how.ranks is not None:
+        raise ModelLoadError("a synthetic model has no weights to quantize or to split")
+    return synthetic.SyntheticModel(parsed)
 
 
 def _load_random(spec: str, how: _How) -> TransformersModel:

@@ -26,6 +26,7 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from outrider.domain import SamplingParams
 from outrider.model.filters import (
@@ -109,31 +110,44 @@ def rank_candidates(
     estimate, `SCORE_FLOOR` as its score and 0 as its token.
     """
     logits = repaired(logits)
-    shape = (len(params), count)
-    tokens = torch.zeros(shape, dtype=torch.int64, device=logits.device)
-    scores = torch.full(shape, SCORE_FLOOR, dtype=torch.float64, device=logits.device)
-    estimates = torch.full(shape, ACCEPT_LOGPROB_FLOOR, device=logits.device)
-    for greedy in (True, False):
-        rows = [row for row, param in enumerate(params) if param.greedy is greedy]
-        if not rows:
-            continue
-        index = torch.tensor(rows, device=logits.device)
-        some = logits if len(rows) == len(params) else logits[index]
-        if greedy:
-            best, ids = _best(some, count)
-            best = (best - some.logsumexp(dim=-1, keepdim=True)).double()
-            margins = best
-        else:
-            width = max(count, MARGIN_CANDIDATES)
-            best, ids = _rank_sampled(some, *_picked(rows, params, seeds, positions), width)
-            margins = best.log_softmax(dim=-1)
-        kept = min(count, best.shape[1])
-        best, ids, margins = best[:, :kept], ids[:, :kept], margins[:, :kept]
-        real = best > -math.inf
-        tokens[index, :kept] = ids.where(real, 0)
-        scores[index, :kept] = best.where(real, SCORE_FLOOR)
-        estimates[index, :kept] = margins.clamp(ACCEPT_LOGPROB_FLOOR, 0.0).float()
+    greedy = [row for row, param in enumerate(params) if param.greedy]
+    if len(greedy) == len(params):
+        return _rank_greedy(logits, count)
+    sampled = [row for row, param in enumerate(params) if not param.greedy]
+    width = max(count, MARGIN_CANDIDATES)
+    some = logits if len(sampled) == len(params) else logits[sampled]
+    best, ids = _rank_sampled(some, *_picked(sampled, params, seeds, positions), width)
+    ranked = _guesses(best, ids, best.log_softmax(dim=-1), count)
+    if not greedy:
+        return ranked
+    order = torch.tensor([*greedy, *sampled], device=logits.device).argsort()
+    both = zip(_rank_greedy(logits[greedy], count), ranked, strict=True)
+    tokens, scores, estimates = (torch.cat(parts)[order] for parts in both)
     return tokens, scores, estimates
+
+
+def _rank_greedy(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """Rank repaired logits as they are; see `rank_candidates`."""
+    best, ids = _best(logits, count)
+    logprobs = best - logits.logsumexp(dim=-1, keepdim=True)
+    return _guesses(logprobs.double(), ids, logprobs, count)
+
+
+def _guesses(
+    best: Tensor, ids: Tensor, margins: Tensor, count: int
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Bring ranked scores float64 [N, any], ids and estimates into the form of a result."""
+    kept = min(count, best.shape[1])
+    best, ids, margins = best[:, :kept], ids[:, :kept], margins[:, :kept]
+    real = best > -math.inf
+    if not bool(real.all()):
+        ids, best = ids.where(real, 0), best.where(real, SCORE_FLOOR)
+    estimates = margins.clamp(ACCEPT_LOGPROB_FLOOR, 0.0).float()
+    missing = (0, count - kept)
+    if kept < count:
+        ids, best = pad(ids, missing), pad(best, missing, value=SCORE_FLOOR)
+        estimates = pad(estimates, missing, value=ACCEPT_LOGPROB_FLOOR)
+    return ids, best, estimates
 
 
 def target_logprobs(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:

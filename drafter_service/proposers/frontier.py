@@ -1,0 +1,53 @@
+"""Where a tree can grow next: its unexpanded nodes, most probable first, kept between steps.
+
+Ranking a whole tree anew for each step costs more than everything else in a step with a fast
+model. What changes is little: the leaves that were expanded leave, their children come.
+"""
+
+from __future__ import annotations
+
+import heapq
+from collections.abc import Container
+from typing import TypeAlias
+
+from outrider.draft_tree import DraftTree, Node
+
+Entry: TypeAlias = tuple[float, int, Node]
+"""(minus the path log-probability, arrival, node)"""
+
+
+class Frontier:
+    """Unexpanded nodes of one tree as long as its root stays; then another one is needed."""
+
+    def __init__(
+        self, tree: DraftTree, expanded: Container[Node], *, logprob_min: float, deepest: int
+    ) -> None:
+        """Nodes less probable than `logprob_min`, or at positions from `deepest` on, are left."""
+        self.root = tree.root
+        self.deepest = deepest
+        self._logprob_min = logprob_min
+        self._heap: list[Entry] = []
+        self._arrivals = 0
+        level: list[tuple[float, Node]] = [(0.0, tree.root)]
+        for path_logprob, node in level:
+            for child in node.children.values():
+                logprob = path_logprob + child.accept_logprob
+                if child not in expanded:
+                    self.add(child, logprob)
+                if logprob >= logprob_min:
+                    level.append((logprob, child))
+
+    def add(self, node: Node, path_logprob: float) -> None:
+        """Enter a new node below the root, after its parent."""
+        if path_logprob >= self._logprob_min and node.position < self.deepest:
+            self._arrivals += 1
+            heapq.heappush(self._heap, (-path_logprob, self._arrivals, node))
+
+    def take(self, count: int) -> list[Entry]:
+        """Remove and return the best; parents come before their children, equals by arrival."""
+        heap = self._heap
+        return [heapq.heappop(heap) for _ in range(min(count, len(heap)))]
+
+    def give_back(self, entry: Entry) -> None:
+        """Return what was taken and not expanded."""
+        heapq.heappush(self._heap, entry)
