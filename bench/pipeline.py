@@ -69,7 +69,11 @@ def main(
     console = Console()
     with Progress(console=console) as progress:
         task = progress.add_task("starting", total=len(chosen))
-        bench = Bench(effort, lambda text: progress.update(task, description=text))
+        bench = Bench(
+            effort,
+            advance=lambda text: progress.update(task, description=text),
+            report=lambda text: progress.console.print(text, soft_wrap=True),
+        )
         for part in PARTS:
             if part not in chosen:
                 continue

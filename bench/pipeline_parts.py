@@ -53,12 +53,16 @@ QUICK = Effort(1, 2.0, 1.0, 500, (0.5, 20.0), (1, 16), 3.0, 5.0)
 
 
 class Bench:
-    """Measures parts into `results`; says what it is at through `advance`."""
+    """Measures parts into `results`; says what it is at and what came out."""
 
-    def __init__(self, effort: Effort, advance: Callable[[str], None]) -> None:
+    def __init__(
+        self, effort: Effort, advance: Callable[[str], None], report: Callable[[str], None]
+    ) -> None:
+        """`advance` hears what is measured now, `report` what has been."""
         self.results = Results()
         self._effort = effort
         self._advance = advance
+        self._report = report
 
     def rtt(self) -> None:
         """One session at several round trips."""
@@ -188,16 +192,19 @@ class Bench:
                     busy, tau = _steps_of(fleet, seen, setting)
                     found["occupancy"].append(busy)
                     found["tau"].append(tau)
-        self.results.rows.append(
-            Row(
-                name=name,
-                part=part,
-                setting=setting,
-                rtt_nominal_ms=rtt_nominal_ms,
-                rtt_ms=1_000 * rtt_s,
-                expected=expected(setting, rtt_s, self._effort.simulated_steps),
-                **{key: tuple(values) for key, values in found.items()},
-            )
+        row = Row(
+            name=name,
+            part=part,
+            setting=setting,
+            rtt_nominal_ms=rtt_nominal_ms,
+            rtt_ms=1_000 * rtt_s,
+            expected=expected(setting, rtt_s, self._effort.simulated_steps),
+            **{key: tuple(values) for key, values in found.items()},
+        )
+        self.results.rows.append(row)
+        self._report(
+            f"{name}: {row.rtt_ms:.2f} ms, {row.speedup:.2f} of target-only,"
+            f" {row.vs_simulation:.2f} of simulated"
         )
 
     def _load(self, setting: Setting, seed: int, speculation: bool, stretch: float = 1.0) -> Load:

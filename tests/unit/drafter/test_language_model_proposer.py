@@ -416,3 +416,28 @@ def test_guesses_end_where_the_models_text_ends(short: LanguageModel) -> None:
     longer = opened(proposer, spec_of(GREEDY, session=2, prompt=tuple(range(40))))
     full = opened(proposer, spec_of(GREEDY, session=3, prompt=tuple(range(24))))
     assert proposer.grow([longer, full]) is False
+
+
+def test_near_the_end_of_the_models_text_a_miss_begins_a_new_tree(short: LanguageModel) -> None:
+    proposer = proposer_of(short, leaves_max=2)
+    mirror = opened(proposer, spec_of(GREEDY))
+    for _ in range(3):
+        assert proposer.grow([mirror])
+    # Where guesses end stays the same, but none of those waiting for their turn lives on.
+    assert follow(proposer, mirror, 200) == 0
+    grow_out(proposer, mirror)
+    assert assert_like_new(short, mirror) >= 20
+
+
+def test_kv_lost_to_another_session_is_computed_again(model: LanguageModel) -> None:
+    watched = Watched(model)
+    proposer = proposer_of(watched, kv_tokens_max=64)
+    first, second = (opened(proposer, spec_of(GREEDY, session=n)) for n in (1, 2))
+    grow_out(proposer, first)
+    grow_out(proposer, second)
+    assert (watched.caches[0].prefix_length, watched.caches[0].tree_size) == (0, 0)
+    first.set_budget(DraftBudget(90, 12, 0.0))
+    grow_out(proposer, first)
+    assert first.tree.size == 90
+    assert watched.caches[0].tree_size == sum(1 for node in first.tree if node.children)
+    assert assert_like_new(model, first) >= 20
