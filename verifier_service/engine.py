@@ -198,7 +198,7 @@ class Engine:
                 self._close(seat)
 
     def _hold_s(self) -> float:
-        return self._waiting.hold_s(self._seats.values(), self._config.step_nodes_max)
+        return self._waiting.hold_s(self._seats.values())
 
     def _apply_safely(self, command: Command) -> None:
         try:
@@ -374,7 +374,7 @@ class Engine:
         self.steps += 1
         self._absorb()
         committed = self._decide(sampled)
-        self._waiting.ended(committed)
+        self._waiting.ended(committed, sum(len(plan.nodes) for plan in plans) / max(1, rows))
         report = StepReport(
             duration_s,
             rows=rows,

@@ -19,7 +19,10 @@ from verifier_service.session import Session
 _WATCHED_MAX = 4
 """Sessions that are watched between two steps, in turn: looking at a tree takes time."""
 _PROMISE_NODES_MAX = 32
-"""Guesses a session that are looked at to tell what a step promises."""
+"""Guesses a session that are looked at, at most, to tell what a step promises."""
+_NODES_SHARE = 1.0 / 16.0
+_NODES_MORE = 1.5
+"""What steps verified of late, and so much more, is what the next one may take up."""
 _PAST_MAX = 8
 """Steps that began with nothing but a session's tip, for which late drafts are still heard."""
 
@@ -43,18 +46,16 @@ class Waiting:
         self._past: dict[int, _Past] = {}
         self._ready_s: float | None = None
         """When the next step could have begun; None while one is under way."""
-        self._nodes_max = _PROMISE_NODES_MAX
+        self._nodes_per_row = float(_PROMISE_NODES_MAX)
+        """Guesses verified a session, of late."""
         self._turn = 0
 
-    def hold_s(self, seats: Collection[Seat], nodes_max: int) -> float:
-        """Return how long to wait for commands before asking again; 0: begin the step now.
-
-        `nodes_max` is how many guesses a step may verify.
-        """
+    def hold_s(self, seats: Collection[Seat]) -> float:
+        """Return how long to wait for commands before asking again; 0: begin the step now."""
         now_s = time.perf_counter()
         if self._ready_s is None:
             self._ready_s, self.last_hold = now_s, None
-            self._look(seats, nodes_max, now_s)
+            self._look(seats, now_s)
         # Asked again where what was waited for is overdue already: it counts as missed then.
         while (hold := self._readiness.hold(now_s)) is not None:
             self.last_hold = hold
@@ -63,15 +64,14 @@ class Waiting:
         self.waited_s = now_s - self._ready_s
         return 0.0
 
-    def _look(self, seats: Collection[Seat], nodes_max: int, now_s: float) -> None:
+    def _look(self, seats: Collection[Seat], now_s: float) -> None:
         # A prompt under way makes a step worth beginning.
         decoding = not any(seat.waiting or len(seat.session.pending) != 1 for seat in seats)
         self._readiness.ready(len(seats))
         if not decoding:
             return
-        self._nodes_max = max(1, min(_PROMISE_NODES_MAX, nodes_max // len(seats)))
         for session in self._in_turn([seat.session for seat in seats if seat.session.sources]):
-            value = session.promise(min(self._nodes_max, session.tokens_left))
+            value = session.promise(min(self._looked_at, session.tokens_left))
             number = session.spec.session
             self._readiness.watch(number, session.sources, value, now_s)
             if value == 1.0:
@@ -93,18 +93,23 @@ class Waiting:
         if past is not None and draft.base_length < len(session.log):
             self._late(session, past, draft, source, at_s)
         if self._readiness.watched(number):
-            self._readiness.arrived(number, session.promise(self._nodes_max), at_s)
+            self._readiness.arrived(number, session.promise(self._looked_at), at_s)
 
     def _late(self, session: Session, past: _Past, draft: Draft, source: int, at_s: float) -> None:
         for length, ready_s in list(past.lengths):
             if length == draft.base_length:
                 # The first one only: what the second adds depends on it.
                 past.lengths.remove((length, ready_s))
-                gain = session.promise_of(draft, source, self._nodes_max)
+                gain = session.promise_of(draft, source, self._looked_at)
                 self._readiness.late(session.spec.session, session.sources, at_s - ready_s, gain)
 
-    def ended(self, tokens: int) -> None:
-        """The step ended and committed so many tokens."""
+    @property
+    def _looked_at(self) -> int:
+        return max(1, min(_PROMISE_NODES_MAX, round(_NODES_MORE * self._nodes_per_row)))
+
+    def ended(self, tokens: int, nodes_per_row: float) -> None:
+        """The step ended, committed so many tokens and had so many guesses verified a session."""
+        self._nodes_per_row += _NODES_SHARE * (nodes_per_row - self._nodes_per_row)
         if self._ready_s is not None:
             self._readiness.committed(tokens, time.perf_counter() - self._ready_s)
         self._ready_s = None
