@@ -76,7 +76,14 @@ def plan(measured: Path | None, as_json: bool, **options: Any) -> None:
       remote chain, lockstep   drafter and verifier wait for each other over the network
       remote tree              Outrider, simulated step by step without overheads
 
-    Rows of --measured are described in orchestrator/planner/measured.py.
+    \b
+    --measured reads JSON, a list of rows or an object with `rows`; a row has
+      step_ms, draft_ms   a number, or [[size, ms], ...]
+      agreement           by rank: a list, or one number
+      rtt_ms              as measured
+      tokens_per_s        of all sessions together, as measured
+    and may have mode, name, leaves, sessions, verifiers, drafters, drafters_per_session,
+    silent_drafters, nodes_max and colocated_draft_ms.
     """
     if measured is not None:
         _compare(measured, options["session_steps"], as_json)
