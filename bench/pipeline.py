@@ -21,7 +21,6 @@ from typing import Any
 
 import click
 from rich.console import Console
-from rich.markdown import Markdown
 from rich.progress import Progress
 
 import outrider
@@ -108,9 +107,10 @@ def _report(console: Console, results: Results, effort: Effort, folder: Path) ->
     path.write_text(json.dumps(record, indent=2) + "\n")
     text = markdown(results)
     path.with_suffix(".md").write_text(text)
-    console.print(Markdown(text))
-    _draw(console, results, folder)
+    # Fourteen columns: drawn for eighty characters, nobody could read them.
     lines = Console(width=1_000, highlight=False)
+    lines.print(text, markup=False)
+    _draw(console, results, folder)
     for line in result_lines(results):
         lines.print(line)
 

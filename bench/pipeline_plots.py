@@ -43,7 +43,9 @@ def _round_trips(rows: list[Row], path: Path) -> Path:
     }
     for number, (name, label) in enumerate(modes.items()):
         y = [getattr(row.expected, name) / row.expected.target_only for row in rows]
-        axes.plot(x, y, "--" if number else ":", label=label)
+        # C3 is ours.
+        color = f"C{number + (number > 2)}"
+        axes.plot(x, y, "--" if number else ":", color=color, label=label)
     axes.axhline(1.0, color="grey", lw=0.8)
     axes.set(xscale="log", xlabel="round trip, measured (ms)", ylabel="tokens/s over target-only")
     return _finish(figure, axes, path, f"One session over round trips ({_LABEL})")

@@ -15,6 +15,7 @@ from outrider.v1 import worker_pb2, worker_pb2_grpc
 CALLS = 200
 _WARMING_CALLS = 20
 _CALL_TIMEOUT_S = 30.0
+_TOLERANCE = 0.03
 
 
 def round_trip_s(address: str, calls: int = CALLS) -> float:
@@ -53,17 +54,29 @@ def set_round_trip(
     """
     first_verifier, first_drafter = next(iter(verifiers.values())), next(iter(drafters.values()))
     names = [*verifiers, *drafters]
-    # Each of the two links is passed twice.
-    delay_s, measured_s = wanted_s / 4, wanted_s
-    for _ in range(3):
+
+    def measure(delay_s: float) -> float:
         for name in names:
             proxy.delay(name, delay_s)
-        measured_s = total_round_trip_s(first_verifier, first_drafter, calls)
-        error_s = measured_s - wanted_s
-        if abs(error_s) < 0.02 * wanted_s or (delay_s == 0 and error_s > 0):
-            break
-        corrected_s = max(0.0, delay_s - error_s / 4)
-        delay_s, unchanged = corrected_s, corrected_s == delay_s
-        if unchanged:
-            break
-    return measured_s
+        return total_round_trip_s(first_verifier, first_drafter, calls)
+
+    # Each of the two links is passed twice.
+    return approached(wanted_s, measure, first=wanted_s / 4, gain=1 / 4)
+
+
+def approached(
+    wanted: float, measure: Callable[[float], float], *, first: float, gain: float, tries: int = 5
+) -> float:
+    """Look for the input, not negative, whose measure comes nearest to `wanted`.
+
+    `gain` is what an input changes for a measure. Measures are noisy: the best one seen is measured
+    again if it was not the last. Returns the last measure.
+    """
+    at, tried = first, []
+    for _ in range(tries):
+        found = measure(at)
+        tried.append((abs(found - wanted), at))
+        if tried[-1][0] <= _TOLERANCE * wanted or (at == 0.0 and found > wanted):
+            return found
+        at = max(0.0, at - gain * (found - wanted))
+    return measure(min(tried)[1])

@@ -14,10 +14,11 @@ from bench.pipeline_setting import Setting
 from bench.streams import Load, observe
 from bench.synthetic_fleet import SyntheticFleet
 
+pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
+
 TINY = Effort(1, 1.0, 0.5, 200, (2.0,), (4,), 1.5, 2.0)
 
 
-@pytest.mark.slow
 def test_parts_are_measured_and_written_down(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -37,7 +38,6 @@ def test_parts_are_measured_and_written_down(
     assert len(record["recovery"]["changes_s"]) == 4
 
 
-@pytest.mark.slow
 def test_drafters_are_changed_while_the_fleet_runs() -> None:
     setting = Setting()
     load = Load(1, speculation=True, skipped_s=0.3, window_s=1.0)
