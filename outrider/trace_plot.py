@@ -77,6 +77,7 @@ def draw_trace(timeline: Timeline, path: Path, begin_s: float, end_s: float | No
         ) from None
     matplotlib.use("Agg")
     from matplotlib import pyplot
+    from matplotlib.patches import Patch
 
     last_s = max((span.start_s + span.duration_s for span in timeline.spans), default=0.0)
     end_s = last_s if end_s is None else end_s
@@ -100,7 +101,7 @@ def draw_trace(timeline: Timeline, path: Path, begin_s: float, end_s: float | No
     axes.set_xlim(1e3 * begin_s, 1e3 * end_s)
     axes.set_xlabel("milliseconds since the request; red lines are misses")
     names = [name for name in _COLOURS if any(span.name == name for span in shown)]
-    handles = [pyplot.Rectangle((0, 0), 1, 1, color=_COLOURS[name]) for name in names]
+    handles = [Patch(color=_COLOURS[name]) for name in names]
     axes.legend(handles, names, loc="upper right", ncols=len(names), fontsize="small")
     figure.tight_layout()
     try:
