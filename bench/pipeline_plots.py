@@ -10,6 +10,8 @@ import matplotlib
 matplotlib.use("Agg")
 
 from matplotlib import pyplot
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 
 from bench.pipeline_results import Recovery, Results, Row
 
@@ -77,7 +79,7 @@ def _recovery(recovery: Recovery, path: Path) -> Path:
     return _finish(figure, axes, path, f"Acceptance changes while a session runs ({_LABEL})")
 
 
-def _finish(figure: pyplot.Figure, axes: pyplot.Axes, path: Path, title: str) -> Path:
+def _finish(figure: Figure, axes: Axes, path: Path, title: str) -> Path:
     axes.set_title(title)
     axes.legend(fontsize=8)
     figure.tight_layout()
