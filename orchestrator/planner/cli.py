@@ -15,6 +15,7 @@ from rich.progress import Progress
 from orchestrator.planner import fleet_report, plan_report
 from orchestrator.planner.cli_options import KnotsType, figure_options, figures
 from orchestrator.planner.measured import predict, read_measured
+from orchestrator.planner.modes import SESSION_STEPS
 from orchestrator.planner.plan import PlanRequest, make_plan
 from outrider.errors import ConfigError
 
@@ -54,6 +55,13 @@ from outrider.errors import ConfigError
 @click.option("--verifier-price", type=click.FloatRange(min=0.0), help="Per hour, any currency.")
 @click.option("--drafter-price", type=click.FloatRange(min=0.0), help="Per hour, same currency.")
 @click.option(
+    "--session-steps",
+    type=click.IntRange(min=50),
+    default=SESSION_STEPS,
+    show_default=True,
+    help="Verify steps times sessions of each simulation: precision for time.",
+)
+@click.option(
     "--measured",
     type=click.Path(exists=True, dir_okay=False, path_type=Path),
     help="Predict the rows of this file instead, and compare with what was measured.",
@@ -68,10 +76,17 @@ def plan(measured: Path | None, as_json: bool, **options: Any) -> None:
       remote chain, lockstep   drafter and verifier wait for each other over the network
       remote tree              Outrider, simulated step by step without overheads
 
-    Rows of --measured are described in orchestrator/planner/measured.py.
+    \b
+    --measured reads JSON, a list of rows or an object with `rows`; a row has
+      step_ms, draft_ms   a number, or [[size, ms], ...]
+      agreement           by rank: a list, or one number
+      rtt_ms              as measured
+      tokens_per_s        of all sessions together, as measured
+    and may have mode, name, leaves, sessions, verifiers, drafters, drafters_per_session,
+    silent_drafters, nodes_max and colocated_draft_ms.
     """
     if measured is not None:
-        _compare(measured, as_json)
+        _compare(measured, options["session_steps"], as_json)
         return
     scenario = figures(options)
     if (options["verifier_price"] is None) != (options["drafter_price"] is None):
@@ -95,13 +110,13 @@ def plan(measured: Path | None, as_json: bool, **options: Any) -> None:
         plan_report.print_plan(answer, Console())
 
 
-def _compare(measured: Path, as_json: bool) -> None:
+def _compare(measured: Path, session_steps: int, as_json: bool) -> None:
     try:
         rows = read_measured(measured)
     except ConfigError as error:
         raise click.BadParameter(str(error), param_hint="--measured") from None
     with Console(stderr=True).status("predicting"):
-        predictions = [predict(row) for row in rows]
+        predictions = [predict(row, session_steps=session_steps) for row in rows]
     if as_json:
         click.echo(json.dumps(plan_report.predictions_json(predictions)))
     else:
@@ -160,7 +175,7 @@ def _by_option(error: ConfigError) -> str:
 @click.option(
     "--deaths-per-hour",
     type=click.FloatRange(min=0.0),
-    default=0.1,
+    default=1.0,
     show_default=True,
     help="Of each pod.",
 )
@@ -186,6 +201,13 @@ def _by_option(error: ConfigError) -> str:
     help="Simulated seconds before, from an empty fleet.",
 )
 @click.option(
+    "--session-steps",
+    type=click.IntRange(min=50),
+    default=400,
+    show_default=True,
+    help="Verify steps times sessions of each simulation behind the table of speeds.",
+)
+@click.option(
     "--shortlist",
     type=click.IntRange(min=0),
     default=16,
@@ -199,13 +221,16 @@ def simulate(as_json: bool, **options: Any) -> None:
     from orchestrator.planner.fleet_simulation import FleetScenario, Policies, simulate_fleet
     from orchestrator.planner.speed_table import GRID, build_speed_table
 
-    seed = options["seed"]
+    seed, session_steps = options["seed"], options.pop("session_steps")
     tree = figures(options)
     scenario = FleetScenario(tree=tree, seed=seed, **options)
     with Progress(console=Console(stderr=True), transient=True) as progress:
         cells = progress.add_task("speeds", total=len(GRID) ** 2)
         table = build_speed_table(
-            tree, scenario.verifier_sessions_max, lambda: progress.advance(cells)
+            tree,
+            scenario.verifier_sessions_max,
+            lambda: progress.advance(cells),
+            session_steps=session_steps,
         )
         seconds = progress.add_task("fleet", total=scenario.warmup_s + scenario.duration_s)
         result = simulate_fleet(

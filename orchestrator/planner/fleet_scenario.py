@@ -42,7 +42,7 @@ class FleetScenario:
     """Standard deviation of the logarithm of either length; 0 makes all alike."""
     prefill_tokens_per_s: float = 20_000.0
     """Of one session on its verifier."""
-    deaths_per_hour: float = 0.1
+    deaths_per_hour: float = 1.0
     """Of each pod."""
     restart_s: float = 60.0
     """After which a dead pod is back."""

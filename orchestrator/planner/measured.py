@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from orchestrator.planner.knots import Knots, check_knots
-from orchestrator.planner.modes import Mode, tokens_per_s
+from orchestrator.planner.modes import SESSION_STEPS, Mode, tokens_per_s
 from orchestrator.planner.tree_simulation import TreeScenario
 from outrider.errors import ConfigError
 
@@ -64,9 +64,11 @@ class Prediction:
         return self.tokens_per_s / self.row.tokens_per_s - 1.0
 
 
-def predict(row: MeasuredRow) -> Prediction:
+def predict(row: MeasuredRow, *, session_steps: int = SESSION_STEPS) -> Prediction:
     """Predict a row from its figures."""
-    rate = tokens_per_s(row.mode, row.scenario, colocated_draft=row.colocated_draft)
+    rate = tokens_per_s(
+        row.mode, row.scenario, colocated_draft=row.colocated_draft, session_steps=session_steps
+    )
     return Prediction(row, rate)
 
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 
 from orchestrator.planner.formulas import cost_per_million_tokens
 from orchestrator.planner.knots import Knots
-from orchestrator.planner.modes import COLOCATED, Mode, simulate_fleet, tokens_per_s
+from orchestrator.planner.modes import COLOCATED, SESSION_STEPS, Mode, simulate_fleet, tokens_per_s
 from orchestrator.planner.tree_simulation import TreeScenario
 from outrider.errors import ConfigError
 
@@ -27,8 +27,11 @@ VERIFIERS_MAX = 100_000
 _RATIOS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
 """Drafters to a verifier that are tried."""
 _NEARLY_BEST = 0.97
-_SCAN_SESSION_STEPS = 600
-"""Simulations that only look for a place are short; what is printed is simulated longer."""
+_SCAN_SHARE = 4
+"""Simulations that only compare are shorter by this factor."""
+_EVALUATIONS_MAX = 7
+_LEAD_TOLERANCE = 0.01
+"""Rates that differ by less are taken as equal: simulations are no surer."""
 
 PLANNED = (
     Mode.TARGET_ONLY,
@@ -56,6 +59,8 @@ class PlanRequest:
     verifier_price: float | None = None
     """Per hour."""
     drafter_price: float | None = None
+    session_steps: int = SESSION_STEPS
+    """Verify steps times sessions of each simulation: precision for time."""
 
     def __post_init__(self) -> None:
         if (self.verifier_price is None) != (self.drafter_price is None):
@@ -118,9 +123,11 @@ def make_plan(request: PlanRequest, report: Callable[[str], None] = lambda _: No
     report("comparing modes")
     modes = tuple(_mode_plan(mode, scenario, request) for mode in PLANNED)
     report("looking for the round trip at which co-located drafting wins")
-    break_even_s = break_even_rtt_s(scenario, request.colocated_draft)
+    break_even_s = break_even_rtt_s(
+        scenario, request.colocated_draft, session_steps=request.session_steps
+    )
     report("looking for the load at which plain decoding wins")
-    rows_max = load_limit(scenario)
+    rows_max = load_limit(scenario, session_steps=request.session_steps // _SCAN_SHARE)
     return Plan(
         verifiers=verifiers,
         drafters=drafters,
@@ -133,7 +140,12 @@ def make_plan(request: PlanRequest, report: Callable[[str], None] = lambda _: No
     )
 
 
-def break_even_rtt_s(scenario: TreeScenario, colocated_draft: Knots | None) -> float | None:
+def break_even_rtt_s(
+    scenario: TreeScenario,
+    colocated_draft: Knots | None = None,
+    *,
+    session_steps: int = SESSION_STEPS,
+) -> float | None:
     """Round trip at which the best co-located mode is as fast as the remote tree.
 
     0 if the remote tree never is faster, None if it is up to `RTT_MAX_S`.
@@ -142,21 +154,32 @@ def break_even_rtt_s(scenario: TreeScenario, colocated_draft: Knots | None) -> f
         tokens_per_s(mode, scenario, colocated_draft=colocated_draft) for mode in COLOCATED
     )
 
-    def remote_wins(rtt_s: float) -> bool:
-        return _scan(replace(scenario, rtt_s=rtt_s)) > colocated
+    def lead(rtt_s: float) -> float:
+        farther = replace(scenario, rtt_s=rtt_s)
+        return tokens_per_s(Mode.REMOTE_TREE, farther, session_steps=session_steps) - colocated
 
-    if not remote_wins(0.0):
+    near_s, far_s = 0.0, RTT_MAX_S
+    near_lead, far_lead = lead(near_s), lead(far_s)
+    if near_lead <= 0.0:
         return 0.0
-    if remote_wins(RTT_MAX_S):
+    if far_lead > 0.0:
         return None
-    low_s, high_s = 0.0, RTT_MAX_S
-    while high_s - low_s > max(0.0002, 0.04 * high_s):
-        middle_s = (low_s + high_s) / 2
-        low_s, high_s = (middle_s, high_s) if remote_wins(middle_s) else (low_s, middle_s)
-    return (low_s + high_s) / 2
+    # False position, as Illinois: simulations are too slow for plain bisection.
+    for _ in range(_EVALUATIONS_MAX):
+        middle_s = near_s + (far_s - near_s) * near_lead / (near_lead - far_lead)
+        middle_lead = lead(middle_s)
+        if abs(middle_lead) < _LEAD_TOLERANCE * colocated:
+            return middle_s
+        if middle_lead > 0.0:
+            near_s, near_lead, far_lead = middle_s, middle_lead, far_lead / 2
+        else:
+            far_s, far_lead, near_lead = middle_s, middle_lead, near_lead / 2
+    return (near_s + far_s) / 2
 
 
-def load_limit(scenario: TreeScenario) -> int | None:
+def load_limit(
+    scenario: TreeScenario, *, session_steps: int = SESSION_STEPS // _SCAN_SHARE
+) -> int | None:
     """Sessions on a verifier up to which the remote tree gains `SPEEDUP_WORTH`, in steps of 10%.
 
     The drafters to a verifier stay what they are. 0 if one session is too many, None if
@@ -166,7 +189,7 @@ def load_limit(scenario: TreeScenario) -> int | None:
 
     def pays(rows: int) -> bool:
         loaded = replace(scenario, sessions=rows * verifiers)
-        return simulate_fleet(loaded, session_steps=_SCAN_SESSION_STEPS).speedup >= SPEEDUP_WORTH
+        return simulate_fleet(loaded, session_steps=session_steps).speedup >= SPEEDUP_WORTH
 
     low, high = 0, 1
     while pays(high):
@@ -194,7 +217,7 @@ def _fewest_verifiers(request: PlanRequest) -> int:
             tokens_per_s(mode, scenario, colocated_draft=request.colocated_draft)
             for mode in computed
         )
-        return best >= need or _scan(scenario) >= need
+        return best >= need or _scan(request, scenario) >= need
 
     sessions = request.scenario.sessions
     if not request.tokens_per_s_min:
@@ -217,7 +240,7 @@ def _fewest_verifiers(request: PlanRequest) -> int:
 def _drafters(request: PlanRequest, scenario: TreeScenario) -> int:
     useful_max = scenario.sessions * scenario.drafters_per_session
     counts = sorted({min(useful_max, math.ceil(r * scenario.verifiers)) for r in _RATIOS})
-    rates = {count: _scan(replace(scenario, drafters=count)) for count in counts}
+    rates = {count: _scan(request, replace(scenario, drafters=count)) for count in counts}
     if request.verifier_price is not None:
         costs = {
             count: _price(request, scenario.verifiers, count) / rate
@@ -228,8 +251,9 @@ def _drafters(request: PlanRequest, scenario: TreeScenario) -> int:
     return min(count for count, rate in rates.items() if rate >= _NEARLY_BEST * best)
 
 
-def _scan(scenario: TreeScenario) -> float:
-    return tokens_per_s(Mode.REMOTE_TREE, scenario, session_steps=_SCAN_SESSION_STEPS)
+def _scan(request: PlanRequest, scenario: TreeScenario) -> float:
+    steps = request.session_steps // _SCAN_SHARE
+    return tokens_per_s(Mode.REMOTE_TREE, scenario, session_steps=steps)
 
 
 def _price(request: PlanRequest, verifiers: int, drafters: int) -> float:
@@ -239,7 +263,12 @@ def _price(request: PlanRequest, verifiers: int, drafters: int) -> float:
 
 
 def _mode_plan(mode: Mode, scenario: TreeScenario, request: PlanRequest) -> ModePlan:
-    rate = tokens_per_s(mode, scenario, colocated_draft=request.colocated_draft)
+    rate = tokens_per_s(
+        mode,
+        scenario,
+        colocated_draft=request.colocated_draft,
+        session_steps=request.session_steps,
+    )
     drafters = {Mode.REMOTE_TREE: scenario.drafters, Mode.LOCKSTEP: scenario.verifiers}.get(mode, 0)
     cost = None
     if request.verifier_price is not None:

@@ -31,7 +31,7 @@ def print_plan(plan: Plan, console: Console) -> None:
         "drafters",
         "per million",
         box=None,
-        title=f"{plan.sessions} sessions on {plan.verifiers} verifiers",
+        title=f"sessions: {plan.sessions:,}, verifiers: {plan.verifiers:,}",
         title_justify="left",
     )
     for column in table.columns[1:]:

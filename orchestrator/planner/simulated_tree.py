@@ -19,15 +19,16 @@ _COST_MAX = -math.log(PATH_PROBABILITY_MIN)
 
 
 class Node:
-    """A token of a session: committed, guessed, or both."""
+    """A token of a session: committed, guessed, or both.
 
-    __slots__ = ("arrived", "children", "chosen", "cost", "drafted", "parent", "position", "taken")
+    Nodes do not know their parents, so that what a commit cuts off is freed at once.
+    """
 
-    def __init__(self, parent: Node | None, cost: float, position: int) -> None:
-        self.parent = parent
+    __slots__ = ("arrived", "children", "chosen", "cost", "drafted", "rooting", "taken")
+
+    def __init__(self, cost: float) -> None:
         self.cost = cost
         """Negated log-probability of the path from the first token; differences matter."""
-        self.position = position
         self.children: list[Node] = []
         """By the drafters' rank; made when somebody looks."""
         self.taken = 0
@@ -38,6 +39,8 @@ class Node:
         """The verifier has its children."""
         self.chosen = 0
         """Number of the verify step that last verified it."""
+        self.rooting = 0
+        """While it is being expanded: the last re-rooting of the mirrors that it survived."""
 
 
 class SessionTree:
@@ -48,11 +51,12 @@ class SessionTree:
         self._thresholds = list(itertools.accumulate(agreement))
         self._random = random
         self._ticket = itertools.count()
-        self.root = Node(None, 0.0, 0)
+        self.root = Node(0.0)
         """The tip as the verifier knows it."""
         self.draft_root = self.root
         """The tip as the drafters know it: behind by what travels."""
         self.tokens = 0
+        self._rooting = 0
         self._frontiers: list[list[tuple[float, int, Node]]] = [[] for _ in range(drafters)]
         for slot in range(drafters):
             self._rebuild(slot)
@@ -71,21 +75,22 @@ class SessionTree:
         """Begin to expand the best leaf of drafter `slot`."""
         node = heapq.heappop(self._frontiers[slot])[2]
         node.taken |= 1 << slot
+        node.rooting = self._rooting
         return node
 
     def drafted(self, slot: int, node: Node) -> None:
         """Drafter `slot` has expanded a leaf; its children are leaves now, if it still counts."""
         node.drafted |= 1 << slot
         children = self._children(node)
-        if self._descends(node):
+        if node.rooting == self._rooting:
+            frontier = self._frontiers[slot]
             for child in children:
-                self._push(slot, child)
+                heapq.heappush(frontier, (child.cost, next(self._ticket), child))
 
     def reroot_drafters(self, root: Node) -> None:
         """A commit has reached the drafters; what lies under it survives."""
-        # Nobody asks for what was before, and holding it would hold every tree there ever was.
-        root.parent = None
         self.draft_root = root
+        self._rooting += 1
         for slot in range(len(self._frontiers)):
             self._rebuild(slot)
 
@@ -99,18 +104,11 @@ class SessionTree:
                 frontier.append((node.cost, next(self._ticket), node))
             elif node.drafted & bit:
                 stack += node.children
-            # Else it is being expanded at this moment, and must not be taken again.
+            else:
+                # Being expanded at this moment: it must not be taken again.
+                node.rooting = self._rooting
         heapq.heapify(frontier)
         self._frontiers[slot] = frontier
-
-    def _push(self, slot: int, node: Node) -> None:
-        heapq.heappush(self._frontiers[slot], (node.cost, next(self._ticket), node))
-
-    def _descends(self, node: Node) -> bool:
-        at: Node | None = node
-        while at is not None and at.position > self.draft_root.position:
-            at = at.parent
-        return at is self.draft_root
 
     # --- the verifier ----------------------------------------------------------------------
 
@@ -136,10 +134,10 @@ class SessionTree:
         for rank, threshold in enumerate(self._thresholds):
             if drawn < threshold:
                 return self._children(node)[rank]
-        return Node(node, node.cost, node.position + 1)
+        return Node(node.cost)
 
     def _children(self, node: Node) -> list[Node]:
         if not node.children:
-            position = node.position + 1
-            node.children = [Node(node, node.cost + cost, position) for cost in self._costs]
+            base = node.cost
+            node.children = [Node(base + cost) for cost in self._costs]
         return node.children

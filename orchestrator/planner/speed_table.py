@@ -21,7 +21,8 @@ Floats = NDArray[np.float64]
 
 GRID = (1, 4, 16, 64)
 """Sessions on a verifier, and on a drafter, for which is simulated; in between by logarithms."""
-_SESSION_STEPS = 400
+SESSION_STEPS = 400
+"""Verify steps times sessions that are simulated for a cell."""
 _STEPS_MIN = 12
 
 
@@ -51,7 +52,11 @@ class SpeedTable:
 
 
 def build_speed_table(
-    scenario: TreeScenario, rows_max: int, advance: Callable[[], None] = lambda: None
+    scenario: TreeScenario,
+    rows_max: int,
+    advance: Callable[[], None] = lambda: None,
+    *,
+    session_steps: int = SESSION_STEPS,
 ) -> SpeedTable:
     """Simulate the grid for a scenario's figures; `advance` is called once for each of its cells.
 
@@ -69,7 +74,7 @@ def build_speed_table(
                 drafters=sessions // load,
                 drafters_per_session=1,
                 silent_drafters=0,
-                steps=max(_STEPS_MIN, _SESSION_STEPS // sessions),
+                steps=max(_STEPS_MIN, session_steps // sessions),
                 warmup_steps=min(20, max(4, 80 // sessions)),
                 duration_s=None,
             )

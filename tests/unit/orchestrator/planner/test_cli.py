@@ -10,20 +10,18 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
-from orchestrator.planner import modes, plan, speed_table
+from orchestrator.planner import speed_table
 from orchestrator.planner.cli import plan as plan_command
 from orchestrator.planner.cli import simulate as simulate_command
 
 
 @pytest.fixture(autouse=True)
-def short_simulations(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(modes, "_STEPS_MIN", 20)
-    monkeypatch.setattr(plan, "_SCAN_SESSION_STEPS", 60)
+def small_table(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_table, "GRID", (1, 4))
 
 
 def run(command: Any, *arguments: str) -> Result:
-    return CliRunner().invoke(command, arguments)
+    return CliRunner().invoke(command, [*arguments, "--session-steps", "100"])
 
 
 def test_a_plan_in_words() -> None:
@@ -77,8 +75,8 @@ def test_measured_beside_predicted(tmp_path: Path) -> None:
     path = rows(tmp_path, name="chain")
     result = run(plan_command, "--measured", path)
     assert result.exit_code == 0, result.output
-    assert "+7.0%" in result.stdout
-    assert "Largest error: 7.0%" in result.stdout
+    assert "+6.9%" in result.stdout
+    assert "Largest error: 6.9%" in result.stdout
     answer = json.loads(run(plan_command, "--measured", path, "--json").stdout)
     assert answer["worst_error"] == pytest.approx(0.07, abs=0.005)
     assert answer["rows"][0]["name"] == "chain"

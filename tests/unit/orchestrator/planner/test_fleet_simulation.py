@@ -16,6 +16,7 @@ from orchestrator.planner.fleet_simulation import (
     FleetResult,
     FleetScenario,
     Policies,
+    _FleetSimulation,
     simulate_fleet,
 )
 from orchestrator.planner.pods import Pods
@@ -94,6 +95,31 @@ def test_sessions_of_a_dead_verifier_go_on_elsewhere() -> None:
     assert result.lost == 0
     assert result.drafter_deaths > 0
     assert result.rebound > 0
+
+
+@pytest.mark.parametrize("verifiers", [1, 10])
+def test_pods_count_the_sessions_that_they_have(verifiers: int) -> None:
+    """Through deaths of both, with and without a verifier to go to."""
+    scenario = replace(
+        SCENARIO, verifiers=verifiers, deaths_per_hour=600.0, restart_s=1.0, drafters_per_session=2
+    )
+    simulation = _FleetSimulation(scenario, TABLE, Policies(), lambda: 0.0)
+    result = simulation.run(lambda _: None)
+    assert result.verifier_deaths > 0
+    assert result.drafter_deaths > 0
+    sessions = simulation._sessions
+    alive = [session for index in range(verifiers) for session in sessions.on_verifier(index)]
+    assert len(alive) == len(sessions)
+    for index in range(verifiers):
+        assert simulation._verifiers.sessions(index) == len(sessions.on_verifier(index))
+    for index in range(scenario.drafters):
+        assert simulation._drafters.sessions(index) == len(sessions.on_drafter(index))
+
+
+def test_a_session_whose_drafter_died_decodes_plainly_until_it_notices() -> None:
+    dying = replace(SCENARIO, deaths_per_hour=1_200.0, restart_s=0.5, arrivals_per_s=20.0)
+    quick, slow = (run(replace(dying, detection_s=seconds)) for seconds in (0.0, 1.0))
+    assert slow.speedup < quick.speedup - 0.1
 
 
 def test_nobody_to_go_to_is_a_loss() -> None:

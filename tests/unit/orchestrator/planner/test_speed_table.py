@@ -29,9 +29,9 @@ def test_beyond_the_grid_is_as_at_its_edge() -> None:
 
 def test_speeds_fall_with_company(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(speed_table, "GRID", (1, 4, 8))
-    cells = []
+    cells: list[int] = []
     built = build_speed_table(
-        TreeScenario(step=((1, 0.022), (32, 0.022))), 8, lambda: cells.append(1)
+        TreeScenario(step=((1, 0.022), (32, 0.022))), 8, lambda: cells.append(1), session_steps=100
     )
     assert len(cells) == 9
     assert built.speedups[0, 0] > built.speedups[0, 2] > 1.0

@@ -17,7 +17,7 @@ FLAT = TreeScenario(
     leaves=16,
     agreement=(0.8, 0.1, 0.05),
     nodes_max=31,
-    steps=1_000,
+    steps=600,
 )
 
 
@@ -42,7 +42,8 @@ def test_reference_by_drafter(draft_ms: float, leaves: int, speedup: float) -> N
 def test_far_drafters_go_on_growing_what_the_verifier_has_decided_already() -> None:
     """Until the commit reaches them, which matters from 20 ms on."""
     result = simulate(replace(FLAT, rtt_s=0.02))
-    assert result.speedup == pytest.approx(2.93, rel=0.04)
+    # Mirrors that stood still meanwhile would reach 2.65.
+    assert result.speedup == pytest.approx(2.89, rel=0.05)
 
 
 # --- what must hold ---------------------------------------------------------------------------
@@ -84,15 +85,15 @@ def test_a_staircase_is_climbed_where_the_next_stair_pays() -> None:
 
 
 def test_sessions_share_verifiers_and_drafters() -> None:
-    one = simulate(replace(FLAT, sessions=8, verifiers=1, drafters=4, steps=100))
-    four = simulate(replace(FLAT, sessions=32, verifiers=4, drafters=16, steps=50))
-    assert four.tokens_per_s == pytest.approx(4 * one.tokens_per_s, rel=0.05)
-    assert len(four.tokens_by_session) == 32
-    assert max(four.tokens_by_session) < 1.3 * min(four.tokens_by_session)
+    one = simulate(replace(FLAT, sessions=4, verifiers=1, drafters=2, steps=100))
+    four = simulate(replace(FLAT, sessions=16, verifiers=4, drafters=8, steps=50))
+    assert four.tokens_per_s == pytest.approx(4 * one.tokens_per_s, rel=0.06)
+    assert len(four.tokens_by_session) == 16
+    assert max(four.tokens_by_session) < 1.5 * min(four.tokens_by_session)
 
 
 def test_busy_drafters_serve_each_session_less() -> None:
-    loaded = replace(FLAT, sessions=16, step=((1, 0.022), (256, 0.022)), nodes_max=200, steps=60)
+    loaded = replace(FLAT, sessions=16, step=((1, 0.022), (256, 0.022)), nodes_max=200, steps=30)
     few, many = simulate(loaded), simulate(replace(loaded, drafters=8))
     assert few.drafter_occupancy == pytest.approx(1.0, abs=0.02)
     assert many.tokens_per_step > few.tokens_per_step + 0.2
@@ -123,7 +124,7 @@ def test_a_duration_may_be_asked_for() -> None:
 
 
 def test_round_trips_never_help() -> None:
-    rates = [simulate(replace(FLAT, rtt_s=rtt_s, steps=500)).speedup for rtt_s in (0, 0.02, 0.05)]
+    rates = [simulate(replace(FLAT, rtt_s=rtt_s, steps=300)).speedup for rtt_s in (0, 0.02, 0.05)]
     assert rates[0] > rates[1] > rates[2] > 1.0
 
 
@@ -159,6 +160,15 @@ def test_tokens_are_conserved_and_no_step_is_worth_less_than_its_rows(
     assert 0.0 <= result.drafter_occupancy <= 1.0 + 1e-9
     if scenario.silent_drafters >= scenario.drafters:
         assert result.tokens_per_step == 1.0
+
+
+def test_a_drafter_that_ran_out_of_leaves_goes_on_after_a_commit() -> None:
+    # A guess of a guess is too improbable to be expanded, so it stands still in each step.
+    result = simulate(replace(FLAT, agreement=(0.005,), steps=50))
+    # Two draft steps of 2.5 ms in each verify step of 22 ms.
+    assert result.drafter_occupancy == pytest.approx(5 / 22, rel=0.01)
+    # Each step begins when the last one has missed, before anything can be there.
+    assert result.nodes_per_step == 0.0
 
 
 # --- waiting ----------------------------------------------------------------------------------
