@@ -62,6 +62,9 @@ from orchestrator.workers import (
 )
 from outrider.errors import Exhausted, OutriderError, Unavailable
 
+SWEEP_SLICE = 64
+"""Sessions looked at in one go."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -250,21 +253,31 @@ class Driver:
 
     async def _sweep(self) -> None:
         """Notice what does not happen: lost commits, hung verifiers."""
-        config = self._config
         while True:
-            await asyncio.sleep(config.sweep_interval_s)
-            now_s = time.monotonic()
-            for running in list(self._running.values()):
-                link = self._fleet.verifiers.get(running.session.verifier or "")
-                # A long prompt commits nothing for a while, but its verifier takes steps.
-                stepped_s = link.stepped_s if link is not None else 0.0
-                silent_s = now_s - max(running.progress_s, stepped_s)
-                if silent_s > config.verifier_timeout_s:
-                    running.progress_s = running.heard_s = now_s
-                    self._step(running, VerifierLost(f"no progress for {silent_s:.0f} s"))
-                elif now_s - running.heard_s > config.silence_s:
-                    running.heard_s = now_s
-                    self._step(running, Silence())
+            sessions = list(self._running.values())
+            # Slices spread over the interval: no token waits for a look at all sessions.
+            starts = range(0, max(1, len(sessions)), SWEEP_SLICE)
+            for start in starts:
+                await asyncio.sleep(self._config.sweep_interval_s / len(starts))
+                self._notice(sessions[start : start + SWEEP_SLICE])
+
+    def _notice(self, sessions: list[Running]) -> None:
+        config = self._config
+        patience_s = min(config.silence_s, config.verifier_timeout_s)
+        now_s = time.monotonic()
+        for running in sessions:
+            if now_s - running.progress_s <= patience_s:
+                continue
+            link = self._fleet.verifiers.get(running.session.verifier or "")
+            # A long prompt commits nothing for a while, but its verifier takes steps.
+            stepped_s = link.stepped_s if link is not None else 0.0
+            silent_s = now_s - max(running.progress_s, stepped_s)
+            if silent_s > config.verifier_timeout_s:
+                running.progress_s = running.heard_s = now_s
+                self._step(running, VerifierLost(f"no progress for {silent_s:.0f} s"))
+            elif now_s - running.heard_s > config.silence_s:
+                running.heard_s = now_s
+                self._step(running, Silence())
 
     # --- what sessions command ---
 
