@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 import secrets
 import sys
 from typing import Any
@@ -13,6 +12,7 @@ from orchestrator.config import DriverConfig, OrchestratorConfig
 from outrider.domain import DraftBudget
 from outrider.errors import OutriderError
 from outrider.serving.logs import configure_logging
+from outrider.serving.loops import run
 from outrider.serving.options import address_options, logging_options
 
 _LIMITS = DriverConfig().budget_limits
@@ -106,7 +106,7 @@ def command(
     from orchestrator.app import serve
 
     try:
-        asyncio.run(serve(config))
+        run(serve(config))
     except OutriderError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

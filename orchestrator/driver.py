@@ -65,6 +65,11 @@ from orchestrator.workers import (
 )
 from outrider.errors import Exhausted, OutriderError, Unavailable
 
+REVIEWED_MAX = 1_024
+"""Sessions whose drafters are reviewed in one sweep, about."""
+SWEEP_SLICE = 64
+"""Sessions looked at in one go."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -187,7 +192,7 @@ class Driver:
             running = self._on(link, number)
             if running is None:
                 continue
-            running.heard(now_s, commit_bytes, commit, report.counters)
+            running.heard(now_s, commit_bytes, commit)
             if running.trace is not None:
                 offset_s = link.clock_offset_s
                 running.trace.committed(now_s, link.address, offset_s, batch.step, commit, report)
@@ -263,28 +268,48 @@ class Driver:
         return running
 
     async def _sweep(self) -> None:
-        """Notice what does not happen: lost commits, hung verifiers."""
-        config = self._config
+        """Notice what does not happen (lost commits, hung verifiers) and what does not pay."""
+        interval_s = self._config.sweep_interval_s
+        turn = 0
         while True:
-            await asyncio.sleep(config.sweep_interval_s)
-            now_s = time.monotonic()
-            for running in list(self._running.values()):
-                link = self._fleet.verifiers.get(running.session.verifier or "")
-                # A long prompt commits nothing for a while, but its verifier takes steps.
-                stepped_s = link.stepped_s if link is not None else 0.0
-                silent_s = now_s - max(running.progress_s, stepped_s)
-                if silent_s > config.verifier_timeout_s:
-                    running.progress_s = running.heard_s = now_s
-                    self._step(running, VerifierLost(f"no progress for {silent_s:.0f} s"))
-                elif now_s - running.heard_s > config.silence_s:
-                    running.heard_s = now_s
-                    self._step(running, Silence())
-            self._review(now_s)
+            sessions = list(self._running.values())
+            # Slices spread over the interval: no token waits for a look at all sessions.
+            starts = range(0, max(1, len(sessions)), SWEEP_SLICE)
+            # Looking at what drafters win takes longer than noticing silence: in turn, if many.
+            turns = 1 + len(sessions) // REVIEWED_MAX
+            turn = (turn + 1) % turns
+            off: list[tuple[Running, Engagement]] = []
+            for start in starts:
+                await asyncio.sleep(interval_s / len(starts))
+                some = sessions[start : start + SWEEP_SLICE]
+                self._notice(some)
+                off += self._review(some[turn::turns])
+            for running in self._rotation.due(time.monotonic(), interval_s, off):
+                self._step(running, DrafterAvailable())
 
-    def _review(self, now_s: float) -> None:
-        """End attachments that win nothing, try others, and renew budgets."""
+    def _notice(self, sessions: list[Running]) -> None:
+        config = self._config
+        patience_s = min(config.silence_s, config.verifier_timeout_s)
+        now_s = time.monotonic()
+        for running in sessions:
+            if now_s - running.progress_s <= patience_s:
+                continue
+            link = self._fleet.verifiers.get(running.session.verifier or "")
+            # A long prompt commits nothing for a while, but its verifier takes steps.
+            stepped_s = link.stepped_s if link is not None else 0.0
+            silent_s = now_s - max(running.progress_s, stepped_s)
+            if silent_s > config.verifier_timeout_s:
+                running.progress_s = running.heard_s = now_s
+                self._step(running, VerifierLost(f"no progress for {silent_s:.0f} s"))
+            elif now_s - running.heard_s > config.silence_s:
+                running.heard_s = now_s
+                self._step(running, Silence())
+
+    def _review(self, sessions: list[Running]) -> list[tuple[Running, Engagement]]:
+        """End attachments that win nothing and renew budgets; returns those without drafters."""
+        now_s = time.monotonic()
         off: list[tuple[Running, Engagement]] = []
-        for running in list(self._running.values()):
+        for running in sessions:
             session = running.session
             if session.state is not State.DECODING or not session.drafters_wanted:
                 continue
@@ -292,8 +317,7 @@ class Driver:
                 self._review_one(running, now_s)
             else:
                 off.append((running, running.engagement))
-        for running in self._rotation.due(now_s, self._config.sweep_interval_s, off):
-            self._step(running, DrafterAvailable())
+        return off
 
     def _review_one(self, running: Running, now_s: float) -> None:
         verifier = self._fleet.verifiers.get(running.session.verifier or "")
@@ -306,7 +330,7 @@ class Driver:
             return
         judgement = running.engagement.look(
             now_s,
-            running.spell_counters,
+            running.session.spell_counters,
             {binding: drafter.source for binding, drafter in drafters.items()},
             verifier.pace,
         )

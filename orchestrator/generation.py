@@ -6,6 +6,7 @@ whatever the number of its choices.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
 from typing import TypeAlias
@@ -14,7 +15,7 @@ from orchestrator.engagement import Engagement
 from orchestrator.messages import Deliver, DeliverPrompt, Finish
 from orchestrator.session import Session, State
 from orchestrator.tracing import SessionTrace
-from outrider.domain import Commit, DraftBudget, ModelInfo, SpeculationCounters
+from outrider.domain import Commit, DraftBudget, ModelInfo
 from outrider.errors import OutriderError
 from outrider.serving.queues import Mailbox
 
@@ -61,17 +62,12 @@ class Running:
     engagement: Engagement = field(default_factory=Engagement)
     trace: SessionTrace | None = None
     """Timeline, if the request asked for one."""
-    spell_counters: SpeculationCounters = field(default_factory=SpeculationCounters)
-    """As the present verifier last stated them."""
     commit_bytes: bytes = b""
     """The commit under way, as it came."""
 
-    def heard(
-        self, now_s: float, commit_bytes: bytes, commit: Commit, counters: SpeculationCounters
-    ) -> None:
+    def heard(self, now_s: float, commit_bytes: bytes, commit: Commit) -> None:
         """Take note of a commit that arrived."""
-        self.heard_s = now_s
-        self.commit_bytes, self.spell_counters = commit_bytes, counters
+        self.heard_s, self.commit_bytes = now_s, commit_bytes
         if commit.tokens:
             self.progress_s = now_s
             if self.first_token_s is None:
@@ -126,5 +122,39 @@ class Generation:
     async def outputs(self) -> AsyncIterator[Output]:
         """Yield outputs as they come; ends after the last choice's Ending or an error."""
         while batch := await self.mailbox.take():
-            for output in batch:
+            for output in joined(batch):
                 yield output
+
+
+def joined(batch: list[Output]) -> list[Output]:
+    """Join the deliveries of each choice, so that a slow client gets fewer and larger messages.
+
+    What a batch says of one choice stays in order; choices are independent of each other.
+    """
+    if len(batch) == 1:
+        return batch
+    result: list[Output] = []
+    pieces: dict[int, list[Deliver]] = {}
+    places: dict[int, int] = {}
+    for output in batch:
+        if isinstance(output, Delivery):
+            if output.choice not in places:
+                places[output.choice] = len(result)
+                result.append(output)
+            pieces.setdefault(output.choice, []).append(output.deliver)
+        else:
+            result.append(output)
+    for choice, delivers in pieces.items():
+        if len(delivers) > 1:
+            result[places[choice]] = Delivery(choice, _concatenated(delivers))
+    return result
+
+
+def _concatenated(delivers: list[Deliver]) -> Deliver:
+    chain = itertools.chain.from_iterable
+    return Deliver(
+        "".join([deliver.text for deliver in delivers]),
+        tuple(chain(deliver.token_ids for deliver in delivers)),
+        tuple(chain(deliver.sources for deliver in delivers)),
+        tuple(chain(deliver.logprobs for deliver in delivers)),
+    )

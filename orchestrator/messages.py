@@ -3,11 +3,10 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Protocol, TypeAlias
 
 from outrider.domain import (
     Commit,
-    CommitReport,
     FinishReason,
     PromptLogprobs,
     Rejection,
@@ -55,12 +54,25 @@ class PromptScored:
     piece: PromptLogprobs
 
 
+class Report(Protocol):
+    """What a `CommitReport` holds; reading the counters may be what decodes them."""
+
+    @property
+    def counters(self) -> SpeculationCounters: ...
+    @property
+    def sources(self) -> tuple[int, ...]: ...
+    @property
+    def finish_reason(self) -> FinishReason | None: ...
+    @property
+    def logprobs(self) -> tuple[TokenLogprobs, ...]: ...
+
+
 @dataclass(frozen=True, slots=True)
 class Committed:
     """The verifier decided tokens."""
 
     commit: Commit
-    report: CommitReport
+    report: Report
 
 
 @dataclass(frozen=True, slots=True)

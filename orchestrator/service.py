@@ -152,20 +152,23 @@ def _started(job: Job, info: ModelInfo) -> _Response:
 
 def _response(output: DeliverPrompt | Delivery | Ending, prompt_tokens: int) -> _Response:
     match output:
+        case Delivery(choice, deliver):
+            # The hot path: filled in place, which is twice as fast as by arguments.
+            response = _Response()
+            delta = response.delta
+            delta.text = deliver.text
+            delta.token_ids.extend(deliver.token_ids)
+            delta.sources.extend(deliver.sources)
+            delta.choice = choice
+            if deliver.logprobs:
+                delta.logprobs.extend(map(wire.token_logprobs_to_pb, deliver.logprobs))
+            # Also a delta in which all is default is a delta.
+            delta.SetInParent()
+            return response
         case DeliverPrompt(tokens):
             return _Response(
                 prompt_logprobs=generation_pb2.PromptLogprobs(
                     tokens=[wire.token_logprobs_to_pb(token) for token in tokens]
-                )
-            )
-        case Delivery(choice, deliver):
-            return _Response(
-                delta=generation_pb2.GenerationDelta(
-                    text=deliver.text,
-                    token_ids=deliver.token_ids,
-                    sources=deliver.sources,
-                    choice=choice,
-                    logprobs=[wire.token_logprobs_to_pb(token) for token in deliver.logprobs],
                 )
             )
         case Ending(choice, finish):

@@ -39,6 +39,7 @@ from orchestrator.messages import (
     PromptScored,
     Refused,
     RelayCommit,
+    Report,
     Silence,
     UnbindDrafter,
     VerifierLost,
@@ -46,7 +47,6 @@ from orchestrator.messages import (
 from outrider.domain import (
     TARGET_SOURCE,
     Commit,
-    CommitReport,
     FinishReason,
     RejectionCode,
     SessionSpec,
@@ -127,9 +127,22 @@ class Session:
     """Why the latest of them did not work out."""
     repeat_asked_at: int | None = None
     """Length for which a repeat is outstanding."""
-    counters: SpeculationCounters = field(default_factory=SpeculationCounters)
+    report: Report | None = None
+    """The last one of this spell; its counters are those of the whole spell."""
     counters_before: SpeculationCounters = field(default_factory=SpeculationCounters)
     """Of spells on earlier verifiers."""
+
+    @property
+    def counters(self) -> SpeculationCounters:
+        """What speculation did so far. Decoded and added up here: read it seldom."""
+        if self.report is None:
+            return self.counters_before
+        return self.counters_before.plus(self.report.counters)
+
+    @property
+    def spell_counters(self) -> SpeculationCounters:
+        """As the present verifier last stated them."""
+        return SpeculationCounters() if self.report is None else self.report.counters
 
     @property
     def epoch(self) -> int:
@@ -202,7 +215,7 @@ class Session:
         if len(self.tried) >= PLACEMENTS_MAX:
             return self._end(Fail(setback))
         commands: list[Command] = [AbortOnVerifier(self.verifier, self.epoch), *self._unbind_all()]
-        self.counters_before = self.counters
+        self.counters_before, self.report = self.counters, None
         self.verifier = None
         self.repeat_asked_at = None
         self.state = State.PLACING
@@ -241,23 +254,22 @@ class Session:
         if commit.base_length > self.length:
             return self._ask_repeat()
         known = self.length - commit.base_length
-        if not self._agrees(commit, known):
+        if known and not self._agrees(commit, known):
             return self._end(Fail(InternalError("the verifier contradicts its own commits")))
         fault = self._logprobs_fault(event)
         if fault is not None:
             return self._end(Fail(InternalError(fault)))
         self.repeat_asked_at = None
-        self.counters = self.counters_before.plus(report.counters)
-        fresh = replace(commit, base_length=self.length, tokens=commit.tokens[known:])
+        self.report = report
         sources = report.sources
         if len(sources) != len(commit.tokens):  # a repeat, which has forgotten them
             sources = (TARGET_SOURCE,) * len(commit.tokens)
         # Unlike sources, log-probabilities are repeated.
-        logprobs = report.logprobs[known:] if self.spec.logprobs is not None else ()
-        fresh_report = CommitReport(
-            report.counters, sources[known:], report.finish_reason, logprobs
-        )
-        return self._deliver(fresh, fresh_report, verbatim=known == 0)
+        logprobs = report.logprobs if self.spec.logprobs is not None else ()
+        if known:
+            commit = replace(commit, base_length=self.length, tokens=commit.tokens[known:])
+            sources, logprobs = sources[known:], logprobs[known:]
+        return self._deliver(commit, sources, logprobs, report.finish_reason, verbatim=not known)
 
     def _logprobs_fault(self, event: Committed) -> str | None:
         """Say which log-probabilities a commit should have come with and did not, or None."""
@@ -265,9 +277,10 @@ class Session:
         # A repeat that was asked for during prefill holds neither.
         if (tokens or event.report.finish_reason) and not self._prompt_known:
             return "the verifier did not send the log-probabilities of the whole prompt"
-        scored = tuple(entry.token for entry in event.report.logprobs)
-        if self.spec.logprobs is not None and scored != tokens:
-            return "the verifier did not send the log-probabilities of what it committed"
+        if self.spec.logprobs is not None:
+            scored = tuple(entry.token for entry in event.report.logprobs)
+            if scored != tokens:
+                return "the verifier did not send the log-probabilities of what it committed"
         return None
 
     def _agrees(self, commit: Commit, known: int) -> bool:
@@ -278,8 +291,15 @@ class Session:
         overlap = commit.tokens[:known]
         return tuple(self.output[start : start + len(overlap)]) == overlap
 
-    def _deliver(self, commit: Commit, report: CommitReport, *, verbatim: bool) -> list[Command]:
-        reason = report.finish_reason
+    def _deliver(
+        self,
+        commit: Commit,
+        sources: tuple[int, ...],
+        logprobs: tuple[TokenLogprobs, ...],
+        reason: FinishReason | None,
+        *,
+        verbatim: bool,
+    ) -> list[Command]:
         piece = self.text.push(commit.tokens)
         kept = commit.tokens[: piece.tokens_kept]
         self.output.extend(kept)
@@ -291,7 +311,7 @@ class Session:
         commands: list[Command] = []
         if text or kept:
             count = len(kept)
-            commands.append(Deliver(text, kept, report.sources[:count], report.logprobs[:count]))
+            commands.append(Deliver(text, kept, sources[:count], logprobs[:count]))
         if reason is not None:
             finish = Finish(reason, len(self.output), self.counters)
             return [*commands, *self._end(finish, abort=not commit.last)]

@@ -11,7 +11,8 @@ import json
 from dataclasses import dataclass, field
 from typing import Any
 
-from outrider.domain import TARGET_SOURCE, Commit, CommitReport, GrowReport, StepReport
+from orchestrator.messages import Report
+from outrider.domain import TARGET_SOURCE, Commit, GrowReport, StepReport
 
 EVENTS_MAX = 100_000
 """A trace that long is cut: it is held in memory until the session ends."""
@@ -38,7 +39,7 @@ class SessionTrace:
         clock_offset_s: float,
         step: StepReport | None,
         commit: Commit,
-        report: CommitReport,
+        report: Report,
     ) -> None:
         """A commit arrived, with the step that decided it."""
         guessed = sum(source != TARGET_SOURCE for source in report.sources)

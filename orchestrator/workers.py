@@ -28,7 +28,6 @@ from outrider.domain import (
     TARGET_SOURCE,
     BindSpec,
     Commit,
-    CommitReport,
     DraftBudget,
     GrowReport,
     ModelInfo,
@@ -83,7 +82,7 @@ class VerifierBatch:
     opened: list[tuple[int, int]]
     """(session, epoch)"""
     rejections: list[Rejection]
-    commits: list[tuple[int, bytes, Commit, CommitReport]]
+    commits: list[tuple[int, bytes, Commit, wire.RelayedReport]]
     """(session, the commit as it came, the same decoded, report)"""
     prompt_logprobs: list[PromptLogprobs]
     step: StepReport | None = None
@@ -330,12 +329,13 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
         await self._on_tokenizer(info, {name: bytes(data) for name, data in files.items()})
 
     def _receive(self, response: verifier_pb2.VerifyResponse) -> None:
-        commits: list[tuple[int, bytes, Commit, CommitReport]] = []
+        commits: list[tuple[int, bytes, Commit, wire.RelayedReport]] = []
         for row in response.commits:
-            commit = wire.commit_from_bytes(row.commit)
+            data = row.commit
+            commit = wire.commit_from_bytes(data)
             if commit is not None:
-                report = wire.report_from_pb(row.report)
-                commits.append((row.session, row.commit, commit, report))
+                report = wire.relayed_report_from_pb(row.report)
+                commits.append((row.session, data, commit, report))
         self._on_batch(
             self,
             VerifierBatch(

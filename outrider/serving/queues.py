@@ -66,19 +66,20 @@ class Mailbox(Generic[T]):
 
     def __init__(self) -> None:
         self._items: list[T] = []
-        self._ready = asyncio.Event()
+        self._reader: asyncio.Future[None] | None = None
+        """What the reader waits for. One reader needs no `asyncio.Event`, which costs twice."""
         self._closed = False
 
     def put(self, item: T) -> None:
         """Append; ignored after `close`."""
         if not self._closed:
             self._items.append(item)
-            self._ready.set()
+            self._wake()
 
     def close(self) -> None:
         """No more items; the reader gets what is left, then an empty list."""
         self._closed = True
-        self._ready.set()
+        self._wake()
 
     @property
     def closed(self) -> bool:
@@ -87,8 +88,14 @@ class Mailbox(Generic[T]):
 
     async def take(self) -> list[T]:
         """Wait for items and return all of them; an empty list means closed and drained."""
-        await self._ready.wait()
+        if not (self._items or self._closed):
+            self._reader = asyncio.get_running_loop().create_future()
+            await self._reader
         items, self._items = self._items, []
-        if not self._closed:
-            self._ready.clear()
         return items
+
+    def _wake(self) -> None:
+        if self._reader is not None:
+            if not self._reader.done():
+                self._reader.set_result(None)
+            self._reader = None

@@ -170,10 +170,10 @@ async def test_useless_drafters_are_unbound_and_tried_again() -> None:
         run.draft_model.agreement = (0.8, 0.1, 0.05)
         await until(bound, what="it is tried once more")
         (running,) = run.fleet.driver._running.values()
-        before = running.spell_counters
+        before = running.session.spell_counters
 
         async def paying() -> bool:
-            now = running.spell_counters
+            now = running.session.spell_counters
             steps = now.verify_steps - before.verify_steps
             won = now.accepted_draft_tokens - before.accepted_draft_tokens
             return steps > 150 and won > 1.2 * steps

@@ -155,6 +155,15 @@ def test_reports_come_back(report: CommitReport) -> None:
 
 
 @thorough
+@given(reports)
+def test_relayed_reports_say_the_same(report: CommitReport) -> None:
+    relayed = wire.relayed_report_from_pb(wire.report_to_pb(report))
+    assert relayed.counters == report.counters
+    assert (relayed.sources, relayed.finish_reason) == (report.sources, report.finish_reason)
+    assert relayed.logprobs == report.logprobs
+
+
+@thorough
 @given(counters)
 def test_counters_come_back(values: SpeculationCounters) -> None:
     assert wire.counters_from_pb(wire.counters_to_pb(values)) == values

@@ -361,6 +361,18 @@ def test_contiguous_commits_are_delivered_and_relayed() -> None:
     assert session.counters.verify_steps == 2
 
 
+def test_counters_of_spells_on_several_verifiers_add_up() -> None:
+    session = decoding()
+    session.step(committed(3, 0, steps=1))
+    session.step(committed(4, 1, steps=2))
+    session.step(VerifierLost("gone"))
+    assert session.counters.verify_steps == 2
+    session.step(Placed("v2"))
+    session.step(Opened(2))
+    session.step(committed(5, 2, epoch=2, steps=3))
+    assert session.counters.verify_steps == 5
+
+
 def test_without_drafters_nothing_is_relayed() -> None:
     assert decoding().step(committed(3, 0)) == [Deliver("a", (0,), (1,))]
 

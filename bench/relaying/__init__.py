@@ -1,0 +1,1 @@
+"""Processes of `bench.relay`, workers that decide nothing and clients, and their samples."""
