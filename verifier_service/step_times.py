@@ -31,7 +31,6 @@ _KNOT_DRIFT = 0.0045**2
 """Variance that a knot gains with each step that does not visit it."""
 _PLAUSIBLE = 2.0
 """Standard deviations beyond which a step says no more than at that distance."""
-_ELASTICITY_MIN = 0.5
 _FIRST_FACTOR_MAX = 2.0
 """How much slower than its neighbours suggest a size may seem at first sight."""
 
@@ -249,24 +248,15 @@ class StepTimes:
             duration_s = line[0][1]
         elif index == len(line):
             size, duration_s = line[-1]
-            duration_s *= max(1.0, tokens / size) ** _elasticity(line)
+            # Beyond what was seen, compute grows in proportion: never optimistic about it, but
+            # where only one size was seen, so that another is tried at all.
+            growth = tokens / size
+            duration_s *= max(1.0, math.sqrt(growth) if len(line) == 1 else growth)
         else:
             (low, low_s), (high, high_s) = line[index - 1], line[index]
             duration_s = low_s + (high_s - low_s) * (tokens - low) / (high - low)
         more_s = self._kv_slope.value * (kv_tokens - self._kv_tokens)
         return max(0.1 * duration_s, duration_s + more_s)
-
-
-def _elasticity(line: list[tuple[int, float]]) -> float:
-    """How T grows with size beyond what was seen: as between the last two sizes.
-
-    At least with the square root, where steps look free, and at most in proportion. So a larger
-    size is tried where the last one cost little, and then it is known.
-    """
-    if len(line) == 1:
-        return _ELASTICITY_MIN
-    (low, low_s), (high, high_s) = line[-2:]
-    return max(_ELASTICITY_MIN, min(1.0, math.log(high_s / low_s) / math.log(high / low)))
 
 
 def _nearest_knot(tokens: int) -> int:

@@ -76,7 +76,7 @@ def test_a_staircase_is_learnt() -> None:
     for size in (1, 5, 16, 31, 32, 64, 96, 200, 256):
         assert times.predict(size) == pytest.approx(staircase_s(size), rel=0.02), size
     # Between two steps something in between.
-    assert 0.010 < times.predict(48) <= 0.0201
+    assert 0.010 < times.predict(48) <= 0.020
     # Beyond what was seen it grows in proportion.
     assert times.predict(1024) == pytest.approx(4 * times.predict(256))
 
