@@ -8,6 +8,8 @@ from outrider.committed import CommittedLog
 from outrider.domain import BindSpec, Commit, Draft, DraftBudget
 from outrider.draft_tree import Advance, DraftTree, Node, subtree_draft
 
+_PROBABILITY_MIN = 1e-30
+"""Of a path, whatever a budget says."""
 _OWN = 1
 """Source number of a drafter's nodes in its own tree; the orchestrator gives the real one."""
 
@@ -31,7 +33,9 @@ class Mirror:
             depth_max=spec.budget.depth_max,
         )
         self.fresh: list[Node] = []
-        """Nodes that were attached since the last flush."""
+        """Nodes that were attached since the last flush, or have become more probable."""
+        self._later: list[Node] = []
+        """Nodes that were too improbable to be sent so far."""
         self.flushed_s = -math.inf
         """When the last draft left, on the growing thread's clock."""
         self.resync_asked: tuple[int, float] | None = None
@@ -77,11 +81,37 @@ class Mirror:
         if not tokens:
             return None
         self.log.append(tokens)
-        return tokens, self.tree.advance(tokens)
+        advance = self.tree.advance(tokens)
+        # Below the new root everything is more probable than it was.
+        self.fresh += self._later
+        self._later.clear()
+        return tokens, advance
+
+    def _worth_sending(self) -> list[Node]:
+        """Take what is fresh and as probable as the budget asks for; the rest may come later."""
+        least = math.log(max(_PROBABILITY_MIN, self.budget.probability_min))
+        paths: dict[Node | None, float] = {self.tree.root: 0.0, None: -math.inf}
+        worth: list[Node] = []
+        for node in self.fresh:
+            # Parents are attached before their children, and mostly looked up here before.
+            path: list[Node] = []
+            walker: Node | None = node
+            while walker is not None and walker not in paths:
+                path.append(walker)
+                walker = walker.parent
+            path_logprob = paths[walker]
+            for step in reversed(path):
+                path_logprob = paths[step] = path_logprob + step.accept_logprob
+            if path_logprob >= least:
+                worth.append(node)
+            elif path_logprob > -math.inf:
+                self._later.append(node)
+        self.fresh = []
+        return worth
 
     def take_draft(self) -> Draft | None:
         """Build a draft of what is fresh, or None if none of it lives any more."""
-        fresh, self.fresh = self.fresh, []
+        fresh = self._worth_sending()
         if not fresh:
             return None
         length = len(self.log)

@@ -16,12 +16,13 @@ SPEEDUP_MIN = 1.05
 
 _STEP_SHARE = 1.0 / 16.0
 _STEP_UNKNOWN_S = 0.03
-_NODES_MIN, _NODES_MAX = 64, 1_024
-_NODES_AHEAD = 12
-"""Nodes in a tree for each one verified in a step: siblings that turn out wrong, and depth."""
-_DEPTH_MIN, _DEPTH_MAX = 16, 64
-_DEPTH_AHEAD = 6
-_FLUSHES_PER_STEP = 8
+_NODES_MIN, _NODES_MAX = 64, 512
+_PAY_FREE = 1.0 / 16.0
+"""Where guesses pay from this probability on, as many are worth making as will fit; where only
+surer ones do, fewer."""
+_PAY_DEAR = 0.25
+"""Where only guesses surer than this pay, third choices are left out."""
+_FLUSHES_PER_STEP = 4
 _FLUSH_MIN_S, _FLUSH_MAX_S = 0.0005, 0.05
 _PROBABILITY_MIN = 1.0 / 256.0
 """Verifiers take up nothing below this, whatever tokens cost."""
@@ -77,21 +78,16 @@ def budget_of(
         return limits
     grow_s = grow.duration_s if grow is not None else 0.0
     # Steps that pass between a commit and the first guess that knows of it.
-    behind = 1.0 + (rtt_s + grow_s) / pace.step_s
-    nodes = _NODES_AHEAD * behind * (1.0 + pace.nodes_per_row)
-    depth = _DEPTH_AHEAD * behind * pace.tokens_per_row
-    wide = pace.nodes_per_row
+    behind = (rtt_s + grow_s) / pace.step_s
+    pays = max(_PAY_FREE, pace.pay_min)
     return DraftBudget(
-        nodes_max=min(limits.nodes_max, _between(_NODES_MIN, math.ceil(nodes), _NODES_MAX)),
-        depth_max=min(limits.depth_max, _between(_DEPTH_MIN, math.ceil(depth), _DEPTH_MAX)),
+        nodes_max=min(limits.nodes_max, max(_NODES_MIN, round(_NODES_MAX * _PAY_FREE / pays))),
+        depth_max=limits.depth_max,
         flush_interval_s=min(_FLUSH_MAX_S, max(_FLUSH_MIN_S, pace.step_s / _FLUSHES_PER_STEP)),
-        width_max=min(limits.width_max, 2 if wide < 2.0 else 3 if wide < 48.0 else 4),
-        probability_min=max(_PROBABILITY_MIN, _PAY_SHARE * pace.pay_min),
+        width_max=min(limits.width_max, 2 if pays > _PAY_DEAR else 3),
+        # What a far drafter guesses is of use only once the paths to it have been committed.
+        probability_min=max(_PROBABILITY_MIN, _PAY_SHARE * pace.pay_min) * 0.5**behind,
     )
-
-
-def _between(least: int, value: int, most: int) -> int:
-    return max(least, min(value, most))
 
 
 def changed(old: DraftBudget, new: DraftBudget) -> bool:

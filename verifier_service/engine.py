@@ -111,8 +111,6 @@ class Engine:
         self._calibrations = Calibrations()
         self._planner = Planner(self.pool, self.times, config, self._calibrations)
         self._waiting = Waiting()
-        self._deferred: list[Command] = []
-        """What arrived during a step and must not change what it decides."""
         self._thread: Executor | None = None
         self._ended_run: Future[None] | None = None
 
@@ -185,9 +183,7 @@ class Engine:
         try:
             wait_s = _IDLE_WAIT_S
             while not self._inbox.closed:
-                commands, self._deferred = self._deferred, []
-                commands += self._inbox.take_all(wait_s=0.0 if commands else wait_s)
-                for command in commands:
+                for command in self._inbox.take_all(wait_s=wait_s):
                     self._apply_safely(command)
                 wait_s = self._hold_s() if self._seats else _IDLE_WAIT_S
                 if self._seats and not wait_s:
@@ -198,6 +194,8 @@ class Engine:
                 self._close(seat)
 
     def _hold_s(self) -> float:
+        if not self._config.wait_for_drafts:
+            return 0.0
         return self._waiting.hold_s(self._seats.values())
 
     def _apply_safely(self, command: Command) -> None:
@@ -206,19 +204,6 @@ class Engine:
         except Exception:
             # One bad message must not end the thread that serves everybody.
             _log.exception("command failed: %s", type(command).__name__)
-
-    def _absorb(self) -> None:
-        """Take in the drafts that came during a step, up to whatever else came.
-
-        They are merged where they belong, and it is learnt when they came. Nothing that was
-        chosen for the step is decided otherwise by what is in the tree now.
-        """
-        commands = self._inbox.take_all(wait_s=0.0)
-        for index, command in enumerate(commands):
-            if not isinstance(command, Offer):
-                self._deferred = commands[index:]
-                break
-            self._apply_safely(command)
 
     def _flush(self) -> None:
         if self._outputs:
@@ -372,9 +357,8 @@ class Engine:
         )
         plain_s = self.times.predict(plain, prefill_tokens=prefill)
         self.steps += 1
-        self._absorb()
         committed = self._decide(sampled)
-        self._waiting.ended(committed, sum(len(plan.nodes) for plan in plans) / max(1, rows))
+        self._waiting.ended(committed, rows, sum(len(plan.nodes) for plan in plans))
         report = StepReport(
             duration_s,
             rows=rows,
@@ -462,6 +446,7 @@ class Engine:
         if nodes:
             # Slot 0 is the tip, slot 1 + i is nodes[i]: what was accepted becomes prefix.
             session.cache.advance([0, *(1 + index for index in verdict.accepted)])
+        self._waiting.committed(session, len(verdict.tokens))
         plan.seat.decider.advance(verdict.tokens, logprobs)
         last = verdict.finish_reason is not None
         commit = Commit(session.spec.epoch, base_length, verdict.tokens, last)

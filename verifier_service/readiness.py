@@ -4,11 +4,13 @@ Every decoding session joins every step, with its tip alone if nothing better is
 delayed only where what is on its way promises more tokens than the verifier commits in the time
 that it takes to arrive, over all rows.
 
-What arrives when is learnt from every step, also from those that did not wait, since drafts keep
-coming while a step computes: from a *value* (the tokens that a session may expect of a step, by
-its tree) the next draft comes after a *delay* and adds a *gain*. Chained, these hops foretell
-what waiting brings. Drafts that come after their step are learnt from as well: that is how
-a session with a far drafter finds out that waiting would pay.
+Sessions without any guess are those that may be waited for: after a miss. What arrives when is
+learnt from all of them, waited for or not, since drafts for a tip keep coming while a step
+computes and after it: from a *value* (the tokens that a session may expect of a step, by its
+tree) the next draft comes after a *delay* and adds a *gain*. Chained, these hops foretell what
+waiting brings, also from a drafter that is farther than a step. Its cost is what all rows commit
+in the meantime, and what the step after is worse for it: while a step without guesses computes,
+the drafter gets ahead, and that is learnt too.
 
 One miss (a draft that was waited for and did not come) ends the waiting for a session, until
 a draft comes for it again within the time that one was expected.
@@ -30,9 +32,7 @@ _LATE_SIGMAS = 3.0
 _VALUE_STEP = 0.5
 """Width of the classes of values that hops are learnt for."""
 _HOPS_MAX = 12
-_COST_FACTOR = 1.2
-"""Tokens won by waiting are partly tokens that the next step would have committed: in simulations
-of one session, waiting that pays less than a fifth more than it costs does not pay."""
+_AFTER_SHARE = 1.0 / 32.0
 _RATE_DECAY = 1.0 - 1.0 / 64.0
 _SOURCES_MAX = 1_024
 
@@ -131,9 +131,16 @@ class _Rate:
     tokens: float = 0.0
     duration_s: float = 0.0
 
-    def add(self, tokens: int, duration_s: float) -> None:
+    rows: float = 0.0
+
+    def add(self, tokens: int, rows: int, duration_s: float) -> None:
         self.tokens = self.tokens * _RATE_DECAY + tokens
+        self.rows = self.rows * _RATE_DECAY + rows
         self.duration_s = self.duration_s * _RATE_DECAY + duration_s
+
+    @property
+    def per_row(self) -> float:
+        return self.tokens / self.rows if self.rows > 0.0 else 1.0
 
     @property
     def per_s(self) -> float:
@@ -146,42 +153,43 @@ class Readiness:
     def __init__(self) -> None:
         self._arrivals: OrderedDict[Sources, Arrivals] = OrderedDict()
         self._watches: dict[int, _Watch] = {}
-        self._rows = 0
+        self._scale = 1.0
         self._rate = _Rate()
         self._missed: set[int] = set()
         self._held: Hold | None = None
+        self._after_held: float | None = None
+        self._after_bare: float | None = None
 
-    def ready(self, rows: int) -> None:
-        """A step of so many sessions could begin; `watch` those that stand for all."""
+    def ready(self) -> None:
+        """A step could begin."""
         self._watches.clear()
-        self._rows = rows
+        self._scale = 1.0
         self._held = None
 
-    def watch(self, session: int, sources: Sources, value: float, now_s: float) -> None:
-        """Say what a session may expect of the step: 1 and what its tree promises."""
-        self._watches[session] = _Watch(sources, value, now_s)
+    def stand_for(self, scale: float) -> None:
+        """Each of the sessions that were looked at stands for so many."""
+        self._scale = scale
+
+    def watch(self, session: int, sources: Sources, now_s: float) -> None:
+        """A session has no guesses for the step."""
+        self._watches[session] = _Watch(sources, 1.0, now_s)
 
     def watched(self, session: int) -> bool:
         """True if drafts for the session are to be reported by `arrived`."""
         return session in self._watches
 
     def arrived(self, session: int, value: float, at_s: float) -> None:
-        """A draft came in; `value` is what the session's tree promises with it."""
+        """A draft came in time for the step; `value` is what the tree promises with it."""
         watch = self._watches[session]
-        delay_s = max(0.0, at_s - watch.since_s)
-        self._learn(session, watch.sources, watch.value, delay_s, value - watch.value)
         watch.value, watch.since_s = value, max(at_s, watch.since_s)
 
-    def late(self, session: int, sources: Sources, delay_s: float, gain: float) -> None:
-        """A draft came for a state of the session with an empty tree that is past.
-
-        `delay_s` after a step could have begun there, and it would have added `gain` tokens.
-        """
-        self._learn(session, sources, 1.0, delay_s, gain)
-
-    def _learn(
+    def learn(
         self, session: int, sources: Sources, value: float, delay_s: float, gain: float
     ) -> None:
+        """A draft came `delay_s` after a tree had promised `value`, and added `gain` tokens.
+
+        Whether the step was still to begin or not.
+        """
         arrivals = self._arrivals.setdefault(sources, Arrivals())
         self._arrivals.move_to_end(sources)
         if len(self._arrivals) > _SOURCES_MAX:
@@ -202,7 +210,8 @@ class Readiness:
             if arrivals is None or hop is None:
                 continue
             elapsed_s, late_s = now_s - watch.since_s, watch.since_s + hop.late_s
-            if held is not None and session in held.sessions and now_s >= late_s:
+            waited_for = held is not None and session in held.sessions
+            if waited_for and held is not None and now_s >= min(late_s, held.until_s):
                 self._missed.add(session)
             if session in self._missed:
                 continue
@@ -214,25 +223,51 @@ class Readiness:
         best, wanted = self._best(sorted(coming))
         if best <= 0.0:
             return None
-        until_s = max(now_s, min(overdue_s[session] for session in wanted))
+        # No longer than until waiting has cost what it was to win, should nothing come.
+        first_s = min(after_s for after_s, _, session in coming if session in wanted)
+        worth_s = now_s + first_s + best / self._rate.per_s
+        until_s = max(now_s, min(worth_s, *(overdue_s[session] for session in wanted)))
         self._held = Hold(until_s, best, tuple(wanted))
         return self._held
 
     def _best(self, coming: list[tuple[float, float, int]]) -> tuple[float, list[int]]:
         """The most that waiting for some of what is coming wins, and for whom."""
-        # Those watched stand for all rows.
-        scale = self._rows / max(1, len(self._watches))
         best, count, gained = 0.0, 0, 0.0
-        for index, (after_s, gain, _) in enumerate(coming, start=1):
-            gained += scale * gain
-            net = gained - _COST_FACTOR * self._rate.per_s * after_s
-            if net > best:
-                best, count = net, index
+        waited_for: set[int] = set()
+        for index, (after_s, gain, session) in enumerate(coming, start=1):
+            waited_for.add(session)
+            gained += self._scale * gain
+            cost = self._rate.per_s * after_s + self._scale * self._lost_after * len(waited_for)
+            if gained - cost > best:
+                best, count = gained - cost, index
         return best, list(dict.fromkeys(session for _, _, session in coming[:count]))
 
-    def committed(self, tokens: int, duration_s: float) -> None:
-        """A step committed so many tokens, so long after the one before."""
-        self._rate.add(tokens, duration_s)
+    @property
+    def _lost_after(self) -> float:
+        """Tokens that a session commits less in the step after one that was waited for.
+
+        Less than after one without guesses: during that, its drafter had the whole step to get
+        ahead, and what waiting wins is partly won twice.
+        """
+        held = self._rate.per_row if self._after_held is None else self._after_held
+        bare = held if self._after_bare is None else self._after_bare
+        return bare - held
+
+    def followed(self, tokens: int, *, held: bool) -> None:
+        """A session committed so many tokens in the step after one without guesses.
+
+        `held`: or after one that would have had none if it had not waited.
+        """
+        before = self._after_held if held else self._after_bare
+        after = float(tokens) if before is None else before + _AFTER_SHARE * (tokens - before)
+        if held:
+            self._after_held = after
+        else:
+            self._after_bare = after
+
+    def committed(self, tokens: int, rows: int, duration_s: float) -> None:
+        """A step of so many sessions committed so many tokens, so long after the one before."""
+        self._rate.add(tokens, rows, duration_s)
 
     def forget(self, session: int) -> None:
         """A session ended."""

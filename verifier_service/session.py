@@ -5,7 +5,6 @@ Owned by the engine's thread; nobody else touches it.
 
 from __future__ import annotations
 
-import heapq
 import math
 from collections import Counter
 from collections.abc import Iterable
@@ -67,28 +66,29 @@ class Session:
         """(connection, source) of all whose drafts have been looked at."""
         return self._sources
 
-    def promise(self, nodes_max: int) -> float:
-        """Tokens to expect of a verify step with the best guesses, of which not all may fit."""
+    def promise(self, tree: DraftTree, nodes_max: int) -> float:
+        """Tokens to expect of a verify step with a tree's best guesses that may pay."""
         expected, needed = 1.0, max(WORTH_MIN, self._calibrations.pay_min)
-        for path_logprob, _ in islice(self.tree.ranked(), nodes_max):
+        for path_logprob, _ in islice(tree.ranked(), min(nodes_max, self.tokens_left - 1)):
             probability = math.exp(path_logprob)
             if probability < needed:
                 break
             expected += probability
         return expected
 
-    def promise_of(self, draft: Draft, source: int, nodes_max: int) -> float:
-        """Tokens to expect of a draft's best guesses at its own base."""
-        if self._fault(draft, None) is not None:
-            return 0.0
-        needed = max(WORTH_MIN, self._calibrations.pay_min)
-        calibration = self._calibration(source)
-        paths: list[float] = []
-        for parent, claim in zip(draft.parents, draft.accept_logprobs, strict=True):
-            above = 0.0 if parent < 0 else paths[parent]
-            paths.append(above + calibration.apply(min(0.0, claim)))
-        best = heapq.nlargest(nodes_max, map(math.exp, paths))
-        return sum(probability for probability in best if probability >= needed)
+    def empty_tree(self) -> DraftTree:
+        """A tree at the present tip as if nobody had guessed yet."""
+        return DraftTree(
+            self.log.tip,
+            len(self.log),
+            nodes_max=self.tree.nodes_max,
+            depth_max=self.tree.depth_max,
+            calibrate=self._calibrate,
+        )
+
+    def sound(self, draft: Draft) -> bool:
+        """True if nothing is wrong with a draft for any tip of this session."""
+        return self._fault(draft, None) is None
 
     @property
     def tokens_left(self) -> int:

@@ -31,6 +31,7 @@ from tests.support.fleet import (
     until,
     verifier,
 )
+from verifier_service.config import EngineConfig
 from verifier_service.step_times import StepTimes
 
 STEP_MS = 20
@@ -68,12 +69,16 @@ class Pipeline:
 
 
 @contextlib.asynccontextmanager
-async def pipeline(draft: str = DRAFT, **options: Any) -> AsyncIterator[Pipeline]:
+async def pipeline(
+    draft: str = DRAFT, *, engine: EngineConfig | None = None, **options: Any
+) -> AsyncIterator[Pipeline]:
     model = load(draft)
     proposer = LanguageModelProposer(model, model_info(model, proposer="language-model"))
     config = DriverConfig(sweep_interval_s=0.1, **options)
     async with (
-        verifier(load(TARGET), name="synthetic:target", times=known_times()) as target,
+        verifier(
+            load(TARGET), name="synthetic:target", config=engine, times=known_times()
+        ) as target,
         drafter(proposer) as helper,
         orchestrator([target.address], [helper.address], config=config) as fleet,
     ):
@@ -129,18 +134,18 @@ async def test_a_timeline_can_be_read_back(tmp_path: Path) -> None:
     assert any(mark.name == "miss" or mark.name.startswith("hit") for mark in timeline.marks)
 
 
-async def test_starts_wait_for_drafts_where_that_pays_and_output_is_the_same() -> None:
-    # With the drafter half a step behind, a step without guesses had better wait.
-    async with pipeline(DRAFT.replace("step=1:2", "step=1:6")) as run:
-        found = await run.fleet.client.complete(request(300, trace=True))
-        plain = await alone(run, 300)
+async def test_starts_wait_for_drafts_if_told_to_and_output_is_the_same() -> None:
+    config = EngineConfig(warm_up=False, wait_for_drafts=True)
+    draft = "synthetic:draft?seed=3&step=1:0.5&agree=0.75"
+    async with pipeline(draft, engine=config) as run:
+        found = await run.fleet.client.complete(request(400, trace=True))
+        plain = await alone(run, 400)
     assert found.token_ids == plain.token_ids
     events = json.loads(found.finished.trace)["traceEvents"]
     waits = [event for event in events if event["name"] == "wait for drafts"]
     assert waits, "no start was delayed"
     assert all("promised" in wait["args"]["why"] for wait in waits)
-    assert sum(wait["dur"] for wait in waits) < 0.5e6 * found.finished.total_s
-    assert found.finished.total_s < 0.7 * plain.finished.total_s
+    assert found.finished.speculation.accepted_draft_tokens > 100
 
 
 async def test_useless_drafters_are_unbound_and_tried_again() -> None:
@@ -207,5 +212,5 @@ async def test_budgets_follow_what_is_measured(monkeypatch: pytest.MonkeyPatch) 
     assert found.finished.speculation.accepted_draft_tokens > 100
     assert told, "no budget was renewed"
     assert all(budget.nodes_max <= 900 for budget in told)
-    # About an eighth of the step that was measured.
-    assert told[-1].flush_interval_s == pytest.approx(STEP_MS / 8e3, rel=0.8)
+    # About a quarter of the step that was measured.
+    assert told[-1].flush_interval_s == pytest.approx(STEP_MS / 4e3, rel=0.5)

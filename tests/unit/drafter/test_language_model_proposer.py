@@ -436,7 +436,7 @@ def test_kv_lost_to_another_session_is_computed_again(model: LanguageModel) -> N
     grow_out(proposer, first)
     grow_out(proposer, second)
     assert (watched.caches[0].prefix_length, watched.caches[0].tree_size) == (0, 0)
-    first.set_budget(DraftBudget(90, 12, 0.0))
+    first.set_budget(DraftBudget(90, 12, 0.0, probability_min=0.0))
     grow_out(proposer, first)
     assert first.tree.size == 90
     assert watched.caches[0].tree_size == sum(1 for node in first.tree if node.children)
