@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass, replace
@@ -17,7 +18,7 @@ from orchestrator.workers import (
     VerifierBatch,
     VerifierLink,
 )
-from outrider.domain import ModelInfo
+from outrider.domain import TARGET_SOURCE, ModelInfo
 from outrider.errors import Mismatch
 
 _log = logging.getLogger(__name__)
@@ -62,6 +63,7 @@ class Fleet:
         self._static = {"verifier": frozenset(verifiers), "drafter": frozenset(drafters)}
         self.verifiers: dict[str, VerifierLink] = {}
         self.drafters: dict[str, DrafterLink] = {}
+        self._sources = itertools.count(TARGET_SOURCE + 1)
         self._codecs: dict[str, TextCodec] = {}
         self._listener: Listener | None = None
         self._closing: set[asyncio.Task[None]] = set()
@@ -103,6 +105,7 @@ class Fleet:
             drafter = DrafterLink(
                 address,
                 self._name,
+                source=next(self._sources),
                 on_change=self._listener.drafter_changed,
                 on_batch=self._listener.drafter_batch,
             )

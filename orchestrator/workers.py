@@ -11,7 +11,6 @@ import abc
 import asyncio
 import contextlib
 import enum
-import itertools
 import logging
 import time
 from collections import deque
@@ -25,7 +24,6 @@ from orchestrator.budgets import DrafterPace, VerifierPace
 from outrider import wire
 from outrider.domain import (
     PROTOCOL_VERSION,
-    TARGET_SOURCE,
     BindSpec,
     Commit,
     DraftBudget,
@@ -62,8 +60,6 @@ NO_STEP = StepReport(duration_s=0.0, rows=0, tokens=0)
 """What is reported of a verifier that has not taken a step yet."""
 
 _log = logging.getLogger(__name__)
-
-_sources = itertools.count(TARGET_SOURCE + 1)
 
 
 class LinkState(enum.Enum):
@@ -361,12 +357,13 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
         address: str,
         orchestrator: str,
         *,
+        source: int,
         on_change: Callable[[DrafterLink], None],
         on_batch: Callable[[DrafterLink, DrafterBatch], None],
     ) -> None:
         super().__init__(address, orchestrator)
-        self.source = next(_sources)
-        """Number under which its guesses go; no other drafter of this process has it."""
+        self.source = source
+        """Number under which its guesses go; no other drafter of this orchestrator has it."""
         self.grow: GrowReport | None = None
         """Of its last growing step; kept by the driver."""
         self.gain: float | None = None

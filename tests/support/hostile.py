@@ -29,6 +29,7 @@ from outrider.v1 import (
     worker_pb2,
     worker_pb2_grpc,
 )
+from verifier_service.config import EngineConfig
 
 _UNLIMITED = (("grpc.max_receive_message_length", -1), ("grpc.max_send_message_length", -1))
 
@@ -337,7 +338,7 @@ def _parents(*parents: int) -> Strategy:
 
 
 def _oversize(view: View, draft: Draft) -> Draft:
-    return view.draft([1] * 257)
+    return view.draft([1] * (EngineConfig.tree_nodes_max + 1))
 
 
 HOSTILE: dict[str, Hostile] = {

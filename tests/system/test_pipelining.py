@@ -201,7 +201,7 @@ async def test_budgets_follow_what_is_measured(monkeypatch: pytest.MonkeyPatch) 
         apply(grower, command)
 
     monkeypatch.setattr(Grower, "_apply", watch)
-    limits = replace(DriverConfig().budget_limits, nodes_max=900)
+    limits = replace(DriverConfig().budget_limits, nodes_max=300)
     async with pipeline(budget_limits=limits) as run:
         found = await run.fleet.client.complete(request(300))
         link = run.fleet.fleet.drafters[run.helper.address]
@@ -211,6 +211,6 @@ async def test_budgets_follow_what_is_measured(monkeypatch: pytest.MonkeyPatch) 
         assert link.grow.leaves_max == 8
     assert found.finished.speculation.accepted_draft_tokens > 100
     assert told, "no budget was renewed"
-    assert all(budget.nodes_max <= 900 for budget in told)
+    assert all(budget.nodes_max <= 300 for budget in told)
     # About a quarter of the step that was measured.
     assert told[-1].flush_interval_s == pytest.approx(STEP_MS / 4e3, rel=0.5)

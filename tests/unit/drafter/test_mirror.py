@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -134,6 +136,21 @@ def test_what_is_known_is_not_sent_again() -> None:
     drafted(mirror)
     assert attached(mirror, mirror.tree.root, 4) is four
     assert mirror.take_draft() is None
+
+
+def test_the_improbable_is_sent_once_a_commit_has_made_it_probable() -> None:
+    mirror = new_mirror()
+    mirror.set_budget(DraftBudget(16, 8, 0.0, probability_min=0.1))
+    four = attached(mirror, mirror.tree.root, 4, math.log(0.5))
+    five = attached(mirror, four, 5, math.log(0.1))
+    attached(mirror, four, 6, math.log(0.01))
+    attached(mirror, five, 7, math.log(0.9))
+    assert drafted(mirror).tokens == (4,)
+    assert mirror.take_draft() is None
+    mirror.apply(Commit(3, 3, (4,)))
+    assert drafted(mirror).tokens == (5,)
+    mirror.apply(Commit(3, 4, (5,)))
+    assert drafted(mirror).tokens == (7,)
 
 
 def test_the_budget_holds() -> None:
