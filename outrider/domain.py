@@ -20,7 +20,7 @@ RULE_VERSION = 1
 """Version of noise and sampling: part of the model fingerprint, since output depends on it."""
 
 TARGET_SOURCE = 0
-"""Source number of the target itself; drafters of a session count from 1."""
+"""Source number of the target itself; an orchestrator numbers its drafters from 1."""
 
 TEMPERATURE_MAX = 100.0
 REPETITION_PENALTY_MAX = 10.0

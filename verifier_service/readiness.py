@@ -33,6 +33,7 @@ _VALUE_STEP = 0.5
 """Width of the classes of values that hops are learnt for."""
 _HOPS_MAX = 12
 _AFTER_SHARE = 1.0 / 32.0
+_RATE_MIN = 1e-9
 _RATE_DECAY = 1.0 - 1.0 / 64.0
 _SOURCES_MAX = 1_024
 
@@ -179,9 +180,13 @@ class Readiness:
         return session in self._watches
 
     def arrived(self, session: int, value: float, at_s: float) -> None:
-        """A draft came in time for the step; `value` is what the tree promises with it."""
+        """A draft came in time for the step; `value` is what the tree promises with it.
+
+        One that adds nothing was made for an older tip: what is waited for is still to come.
+        """
         watch = self._watches[session]
-        watch.value, watch.since_s = value, max(at_s, watch.since_s)
+        if value > watch.value:
+            watch.value, watch.since_s = value, max(at_s, watch.since_s)
 
     def learn(
         self, session: int, sources: Sources, value: float, delay_s: float, gain: float
@@ -209,9 +214,11 @@ class Readiness:
             hop = arrivals.next(watch.value) if arrivals is not None else None
             if arrivals is None or hop is None:
                 continue
-            elapsed_s, late_s = now_s - watch.since_s, watch.since_s + hop.late_s
-            waited_for = held is not None and session in held.sessions
-            if waited_for and held is not None and now_s >= min(late_s, held.until_s):
+            elapsed_s = now_s - watch.since_s
+            # No longer than until its being late has cost all that the draft is to win.
+            worth_s = hop.delay_s + self._scale * hop.gain / max(_RATE_MIN, self._rate.per_s)
+            late_s = watch.since_s + min(hop.late_s, worth_s)
+            if held is not None and session in held.sessions and now_s >= late_s:
                 self._missed.add(session)
             if session in self._missed:
                 continue
@@ -223,10 +230,7 @@ class Readiness:
         best, wanted = self._best(sorted(coming))
         if best <= 0.0:
             return None
-        # No longer than until waiting has cost what it was to win, should nothing come.
-        first_s = min(after_s for after_s, _, session in coming if session in wanted)
-        worth_s = now_s + first_s + best / self._rate.per_s
-        until_s = max(now_s, min(worth_s, *(overdue_s[session] for session in wanted)))
+        until_s = max(now_s, min(overdue_s[session] for session in wanted))
         self._held = Hold(until_s, best, tuple(wanted))
         return self._held
 

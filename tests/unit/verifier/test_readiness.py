@@ -87,6 +87,17 @@ def test_the_step_begins_when_the_draft_is_there() -> None:
     assert readiness.hold(now_s + DELAY_S) is None
 
 
+def test_drafts_that_add_nothing_do_not_prolong_the_waiting() -> None:
+    readiness, now_s = experienced()
+    held = hold(readiness, now_s)
+    assert held is not None
+    for _ in range(9):
+        readiness.arrived(1, 1.0, now_s + 0.9 * (held.until_s - now_s))
+    again = readiness.hold(now_s + 0.9 * (held.until_s - now_s))
+    assert again is None or again.until_s <= held.until_s + 0.001
+    assert readiness.hold(held.until_s + 0.001) is None
+
+
 def test_waiting_goes_on_for_the_next_draft_if_that_pays_too() -> None:
     readiness, now_s = experienced()
     for _ in range(16):
