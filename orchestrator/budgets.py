@@ -41,9 +41,6 @@ class VerifierPace:
     """From one start to the next as far as drafts are concerned: computing and waiting."""
     plain_s: float = 0.0
     """What steps would take without guesses."""
-    nodes_per_row: float = 0.0
-    tokens_per_row: float = 1.0
-    """Committed: tau."""
     pay_min: float = 0.0
 
     def observe(self, step: StepReport) -> None:
@@ -53,9 +50,6 @@ class VerifierPace:
         share = _STEP_SHARE if self.step_s else 1.0
         self.step_s += share * (step.duration_s + step.waited_s - self.step_s)
         self.plain_s += share * (step.plain_s - self.plain_s)
-        nodes = max(0.0, step.tokens / step.rows - 1.0)
-        self.nodes_per_row += share * (nodes - self.nodes_per_row)
-        self.tokens_per_row += share * (step.committed / step.rows - self.tokens_per_row)
         self.pay_min += share * (step.pay_min - self.pay_min)
 
     def speedup(self, tokens_per_step: float) -> float:

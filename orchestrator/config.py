@@ -17,7 +17,7 @@ class DriverConfig:
     """Choices of one request; more are refused with INVALID_ARGUMENT."""
     drafters_per_session: int = 2
     budget_limits: DraftBudget = field(
-        default_factory=lambda: DraftBudget(nodes_max=512, depth_max=64, width_max=4)
+        default_factory=lambda: DraftBudget(nodes_max=512, depth_max=64, width_max=3)
     )
     """Bounds of what drafters are told."""
     silence_s: float = 5.0

@@ -377,8 +377,6 @@ class StepReport:
     """How long the start was delayed for drafts."""
     plain_s: float = 0.0
     """What the step would have taken without guesses, as far as the verifier knows."""
-    committed: int = 0
-    """Tokens."""
     started_s: float = 0.0
     """On the verifier's own clock."""
     pay_min: float = 0.0

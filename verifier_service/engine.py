@@ -367,7 +367,6 @@ class Engine:
             waiting=sum(seat.waiting for seat in self._seats.values()),
             waited_s=self._waiting.waited_s,
             plain_s=plain_s,
-            committed=committed,
             started_s=started,
             pay_min=min(1.0, self._calibrations.pay_min),
             wait_gain=hold.gain if (hold := self._waiting.last_hold) is not None else 0.0,

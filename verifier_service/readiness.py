@@ -131,7 +131,6 @@ class _Rate:
 
     tokens: float = 0.0
     duration_s: float = 0.0
-
     rows: float = 0.0
 
     def add(self, tokens: int, rows: int, duration_s: float) -> None:

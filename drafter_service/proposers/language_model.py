@@ -65,7 +65,7 @@ class LanguageModelProposer:
         info: ModelInfo,
         *,
         leaves_max: int = 8,
-        width: int = 4,
+        width: int = 3,
         prefill_tokens_max: int = 256,
         kv_tokens_max: int | None = None,
     ) -> None:

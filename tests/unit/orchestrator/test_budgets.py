@@ -19,12 +19,10 @@ LIMITS = DraftBudget(nodes_max=1_024, depth_max=64, width_max=4)
 STEP_S = 0.022
 
 
-def pace(*, nodes: int = 31, tokens: int = 4, pay_min: float = 0.0) -> VerifierPace:
+def pace(*, pay_min: float = 0.0) -> VerifierPace:
     found = VerifierPace()
     for _ in range(64):
-        found.observe(
-            StepReport(STEP_S, 1, 1 + nodes, plain_s=STEP_S, committed=tokens, pay_min=pay_min)
-        )
+        found.observe(StepReport(STEP_S, 1, 32, plain_s=STEP_S, pay_min=pay_min))
     return found
 
 
@@ -48,7 +46,7 @@ def test_a_drafter_flushes_a_few_times_in_a_step() -> None:
 
 
 def test_what_is_not_verified_is_not_drafted() -> None:
-    busy = budget_of(pace(nodes=0, tokens=1, pay_min=0.5), grow(), 0.002, LIMITS)
+    busy = budget_of(pace(pay_min=0.5), grow(), 0.002, LIMITS)
     idle = budget_of(pace(), grow(), 0.002, LIMITS)
     assert busy.nodes_max < idle.nodes_max
     assert busy.width_max < idle.width_max
@@ -80,7 +78,7 @@ def test_small_changes_are_not_sent() -> None:
 
 def test_speedup_counts_what_guesses_cost() -> None:
     found = VerifierPace()
-    found.observe(StepReport(0.03, 1, 20, plain_s=0.02, committed=2, waited_s=0.01))
+    found.observe(StepReport(0.03, 1, 20, plain_s=0.02, waited_s=0.01))
     assert found.speedup(2.0) == pytest.approx(1.0)
     # Steps of prefill alone say nothing.
     found.observe(StepReport(9.0, 0, 256, plain_s=9.0))

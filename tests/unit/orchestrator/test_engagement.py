@@ -14,7 +14,7 @@ SOURCES = {1: 11, 2: 12}
 
 def pace() -> VerifierPace:
     found = VerifierPace()
-    found.observe(StepReport(STEP_S, 1, 20, plain_s=STEP_S, committed=2))
+    found.observe(StepReport(STEP_S, 1, 20, plain_s=STEP_S))
     return found
 
 
