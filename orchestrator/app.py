@@ -10,7 +10,7 @@ from orchestrator.config import OrchestratorConfig
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
 from orchestrator.service import SERVICE_NAMES, GenerationService
-from outrider.registry import Registry, WorkerRecord, WorkerWatch
+from outrider.registry import Connection, Registry, WorkerRecord, WorkerWatch
 from outrider.serving.server import Server, stop_requested
 
 _STREAMS_GRACE_S = 0.5
@@ -52,9 +52,9 @@ async def _discovery(url: str | None, fleet: Fleet) -> AsyncIterator[None]:
             drafters=[r.address for r in records if r.role == "drafter"],
         )
 
-    registry = Registry(url)
+    connection = Connection(url)
     try:
-        async with WorkerWatch(registry, report):
+        async with WorkerWatch(Registry(connection), report):
             yield
     finally:
-        await registry.close()
+        await connection.close()

@@ -21,6 +21,7 @@ from outrider.processes import spawn, stop
 from outrider.redis_server import start_redis
 from outrider.registry import (
     WORKERS_MAX,
+    Connection,
     Registry,
     WorkerPublisher,
     WorkerRecord,
@@ -76,9 +77,9 @@ def server(tmp_path: Path) -> Iterator[Server]:
 
 @pytest.fixture
 async def registry(server: Server) -> AsyncIterator[Registry]:
-    registry = Registry(server.url, timeout_s=2.0)
-    yield registry
-    await registry.close()
+    connection = Connection(server.url, timeout_s=2.0)
+    yield Registry(connection)
+    await connection.close()
 
 
 @pytest.fixture
@@ -299,13 +300,14 @@ async def test_a_silent_redis_costs_the_timeout_at_most() -> None:
 
     async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as silent:
         port = silent.sockets[0].getsockname()[1]
-        registry = Registry(f"redis://127.0.0.1:{port}", timeout_s=1.0)
+        connection = Connection(f"redis://127.0.0.1:{port}", timeout_s=1.0)
+        registry = Registry(connection)
         before_s = time.monotonic()
         with pytest.raises(RegistryUnavailable):
             await registry.workers()
         # As a whole: not for each attempt.
         assert time.monotonic() - before_s < 1.8
-        await registry.close()
+        await connection.close()
 
 
 async def test_what_is_not_redis_is_unavailable() -> None:
@@ -315,10 +317,11 @@ async def test_what_is_not_redis_is_unavailable() -> None:
 
     async with await asyncio.start_server(talk_nonsense, "127.0.0.1", 0) as other:
         port = other.sockets[0].getsockname()[1]
-        registry = Registry(f"redis://127.0.0.1:{port}", timeout_s=1.0)
+        connection = Connection(f"redis://127.0.0.1:{port}", timeout_s=1.0)
+        registry = Registry(connection)
         with pytest.raises(RegistryUnavailable):
             await registry.workers()
-        await registry.close()
+        await connection.close()
 
 
 async def test_a_damaged_index_is_an_error_of_ours(registry: Registry, raw: Redis) -> None:
@@ -347,21 +350,22 @@ async def test_a_damaged_index_is_an_error_of_ours(registry: Registry, raw: Redi
 )
 def test_wrong_urls_are_refused_without_quoting_them(url: str) -> None:
     with pytest.raises(ConfigError, match=r"redis://\[user:password@\]") as caught:
-        Registry(url)
+        Connection(url)
     assert "sec" not in "".join(traceback.format_exception(caught.value, chain=True))
 
 
 async def test_passwords_are_not_told(server: Server, caplog: pytest.LogCaptureFixture) -> None:
     caplog.set_level(logging.DEBUG)
     url = server.url.replace("redis://", "redis://me:secret@") + "?client_name=secret"
-    registry = Registry(url)
+    connection = Connection(url)
+    registry = Registry(connection)
     assert registry.place == server.url
     assert redacted(url) == server.url
     async with WorkerWatch(registry, Reports(), interval_s=60) as watch:
         await eventually(lambda: watch.connected is False)
     with pytest.raises(RegistryUnavailable) as caught:
         await registry.workers()
-    await registry.close()
+    await connection.close()
     assert caplog.records
     assert "secret" not in caplog.text
     assert "secret" not in "".join(traceback.format_exception(caught.value))
@@ -480,12 +484,13 @@ async def test_a_redis_that_goes_and_comes_back_empty(
 
 
 async def test_closing_while_redis_is_away_is_quiet(server: Server) -> None:
-    registry = Registry(server.url)
+    connection = Connection(server.url)
+    registry = Registry(connection)
     server.stop()
     async with asyncio.timeout(DEADLINE_S):
         async with WorkerPublisher(registry, lambda: VERIFIER) as publisher:
             await eventually(lambda: publisher.connected is False)
-        await registry.close()
+        await connection.close()
 
 
 async def test_a_failing_callback_does_not_end_the_task(
@@ -543,7 +548,8 @@ async def test_cancelling_twice_ends_a_close_that_hangs() -> None:
 
     async with await asyncio.start_server(say_nothing, "127.0.0.1", 0) as silent:
         port = silent.sockets[0].getsockname()[1]
-        registry = Registry(f"redis://127.0.0.1:{port}", timeout_s=60)
+        connection = Connection(f"redis://127.0.0.1:{port}", timeout_s=60)
+        registry = Registry(connection)
         publisher = await WorkerPublisher(registry, lambda: VERIFIER).__aenter__()
         await connected.wait()
         closing = asyncio.create_task(publisher.__aexit__(None, None, None))
@@ -554,7 +560,7 @@ async def test_cancelling_twice_ends_a_close_that_hangs() -> None:
             await closing
         assert publisher._task is not None
         assert publisher._task.done()
-        await registry.close()
+        await connection.close()
 
 
 def test_unavailable_is_an_error_of_ours() -> None:

@@ -1,4 +1,4 @@
-"""Which workers there are, in Redis; the only module that knows Redis.
+"""Which workers there are, in Redis.
 
 Keys. All expire, and share a slot of a cluster through the braces, so scripts may touch several:
 
@@ -8,28 +8,20 @@ Keys. All expire, and share a slot of a cluster through the braces, so scripts m
 A worker renews its record; what is not renewed is gone after `ttl_s`. Redis is a notice board and
 never the judge of who is alive: that is gRPC health and the streams. With Redis away, what was
 known stays known, and when it is back, even empty, all workers are there again within seconds.
-
-Only commands that Redis 7.0 has.
 """
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
 import logging
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from types import TracebackType
-from typing import Any, Final, Literal, Self, cast, get_args
-from urllib.parse import urlsplit
-
-from redis.asyncio import ConnectionPool, Redis
-from redis.asyncio.retry import Retry
-from redis.backoff import NoBackoff
-from redis.exceptions import RedisError
-from redis.maint_notifications import MaintNotificationsConfig
+from typing import Any, Final, Literal, cast, get_args
 
 from outrider.errors import ConfigError, RegistryUnavailable
+from outrider.registry.connection import KEY_PREFIX, Connection
+from outrider.registry.renewal import Renewal
 
 logger = logging.getLogger(__name__)
 
@@ -44,7 +36,7 @@ WORKERS_MAX: Final = 4096
 """Workers read at most, those that expire last first: a bound on what a stranger can cost us."""
 NAME_CHARACTERS_MAX: Final = 512
 
-_PREFIX: Final = "outrider:1:{w}:"
+_PREFIX: Final = KEY_PREFIX + "{w}:"
 _INDEX: Final = f"{_PREFIX}index"
 
 # Publishes a worker's record for a while, replacing what was there.
@@ -122,19 +114,14 @@ def _check(condition: bool, name: str, value: object) -> None:
 
 
 class Registry:
-    """A connection to Redis, shared by whoever needs one; every call is bounded in time.
+    """Which workers there are, as they say themselves."""
 
-    May be created without a running event loop and while Redis is away.
-    """
-
-    def __init__(self, url: str, *, timeout_s: float = 2.0) -> None:
-        """`timeout_s` bounds each call as a whole. Raises `ConfigError` for a wrong URL."""
-        self.place: Final = redacted(url)
+    def __init__(self, connection: Connection) -> None:
+        self._connection = connection
+        self.place: Final = connection.place
         """Where Redis is, fit for logs."""
-        self._timeout_s = timeout_s
-        self._redis = Redis.from_pool(_connection_pool(url, timeout_s))  # Owns the pool: closes it.
-        self._publish = self._redis.register_script(_PUBLISH)
-        self._withdraw = self._redis.register_script(_WITHDRAW)
+        self._publish = connection.redis.register_script(_PUBLISH)
+        self._withdraw = connection.redis.register_script(_WITHDRAW)
         self.malformed_records = 0
         """How many records could not be read, counted at each reading."""
         self._malformed_before: frozenset[str] = frozenset()
@@ -146,7 +133,7 @@ class Registry:
         """
         member, key = _names(record.role, record.worker)
         fields = [word for pair in _fields(record).items() for word in pair]
-        async with self._call():
+        async with self._connection.call():
             await self._publish(keys=[_INDEX, key], args=[member, int(ttl_s * 1000), *fields])
 
     async def withdraw(self, record: WorkerRecord) -> bool:
@@ -155,7 +142,7 @@ class Registry:
         Raises `RegistryUnavailable`.
         """
         member, key = _names(record.role, record.worker)
-        async with self._call():
+        async with self._connection.call():
             return bool(await self._withdraw(keys=[_INDEX, key], args=[member, record.incarnation]))
 
     async def workers(self) -> list[WorkerRecord]:
@@ -163,26 +150,20 @@ class Registry:
 
         What cannot be read is counted and skipped. Two round trips. Raises `RegistryUnavailable`.
         """
-        async with self._call():
+        async with self._connection.call():
             members = await self._members()
             answers: list[Any] = []
             if members:
-                pipeline = self._redis.pipeline(transaction=False)
+                pipeline = self._connection.redis.pipeline(transaction=False)
                 for member in members:
                     pipeline.hgetall(_PREFIX.encode() + member)
                 # A key of the wrong type is an error of its own, not of the whole.
                 answers = await pipeline.execute(raise_on_error=False)
         return self._records(dict(zip(members, answers, strict=True)))
 
-    async def close(self) -> None:
-        """Close the connections. Never raises for Redis' sake."""
-        with contextlib.suppress(RegistryUnavailable):
-            async with self._call():
-                await self._redis.aclose()
-
     async def _members(self) -> list[bytes]:
         """Return the names in the index that have not expired by Redis' clock."""
-        pipeline = self._redis.pipeline(transaction=False)
+        pipeline = self._connection.redis.pipeline(transaction=False)
         pipeline.time()
         pipeline.zrevrange(_INDEX, 0, WORKERS_MAX - 1, withscores=True)
         (now_s, now_us), indexed = await pipeline.execute()
@@ -209,86 +190,8 @@ class Registry:
             logger.warning("Redis holds a worker record that cannot be read: %s", name)
         self._malformed_before = malformed
 
-    @contextlib.asynccontextmanager
-    async def _call(self) -> AsyncIterator[None]:
-        """Bound a call in time and turn Redis' errors into ours."""
-        try:
-            async with asyncio.timeout(self._timeout_s):
-                yield
-        except TimeoutError as error:
-            message = f"Redis at {self.place} did not answer within {self._timeout_s:g} s"
-            raise RegistryUnavailable(message) from error
-        # OSError: what the event loop raises below the client, such as a TLS failure.
-        except (RedisError, OSError) as error:
-            raise RegistryUnavailable(f"Redis at {self.place}: {error}") from error
 
-
-class _Renewal:
-    """Does something at once and then at intervals, for as long as the context lasts.
-
-    An interval is waited for on an event, so closing does not wait for its end.
-    """
-
-    def __init__(self, name: str, registry: Registry, interval_s: float) -> None:
-        self._name = name
-        self._registry = registry
-        self._interval_s = interval_s
-        self._wake = asyncio.Event()
-        self._closing = False
-        self._task: asyncio.Task[None] | None = None
-        self.connected: bool | None = None
-        """Whether the last attempt reached Redis; None before the first."""
-
-    async def __aenter__(self) -> Self:
-        self._task = asyncio.create_task(self._run(), name=self._name)
-        return self
-
-    async def __aexit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Let the attempt under way end, which the registry bounds in time."""
-        self._closing = True
-        self._wake.set()
-        if self._task is not None:
-            # Not cancelled: an interrupted command may still be carried out, after what we do
-            # next. If we are cancelled ourselves, so is the task.
-            await self._task
-
-    def wake(self) -> None:
-        """Do it now instead of at the end of the interval."""
-        self._wake.set()
-
-    async def _run(self) -> None:
-        while not self._closing:
-            self._wake.clear()
-            await self._attempt()
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(self._interval_s):
-                    await self._wake.wait()
-
-    async def _attempt(self) -> None:
-        try:
-            await self._act()
-        except RegistryUnavailable as error:
-            if self.connected is not False:
-                logger.warning("%s: going on without the registry: %s", self._name, error)
-            self.connected = False
-        except Exception:
-            # A defect in a callback. The task must live: nobody would notice its end.
-            logger.exception("%s failed; trying again", self._name)
-        else:
-            if self.connected is False:
-                logger.info("%s: Redis at %s is back", self._name, self._registry.place)
-            self.connected = True
-
-    async def _act(self) -> None:
-        raise NotImplementedError
-
-
-class WorkerPublisher(_Renewal):
+class WorkerPublisher(Renewal):
     """Keeps a worker's record in the registry while the context lasts, then withdraws it.
 
     Every renewal carries the whole record, so a Redis that comes back empty is told all.
@@ -306,7 +209,8 @@ class WorkerPublisher(_Renewal):
 
         `wake` renews at once, for example when draining begins.
         """
-        super().__init__("worker publisher", registry, interval_s)
+        super().__init__("worker publisher", registry.place, interval_s)
+        self._registry = registry
         self._record = record
         self._ttl_s = ttl_s
         self._published: WorkerRecord | None = None
@@ -335,15 +239,15 @@ async def published(url: str | None, record: Callable[[], WorkerRecord]) -> Asyn
     if url is None:
         yield
         return
-    registry = Registry(url)
+    connection = Connection(url)
     try:
-        async with WorkerPublisher(registry, record):
+        async with WorkerPublisher(Registry(connection), record):
             yield
     finally:
-        await registry.close()
+        await connection.close()
 
 
-class WorkerWatch(_Renewal):
+class WorkerWatch(Renewal):
     """Reports the list of workers at intervals while the context lasts.
 
     While Redis is away, nothing is reported: what was known stays known.
@@ -360,44 +264,12 @@ class WorkerWatch(_Renewal):
 
         `wake` reads at once.
         """
-        super().__init__("worker watch", registry, interval_s)
+        super().__init__("worker watch", registry.place, interval_s)
+        self._registry = registry
         self._report = report
 
     async def _act(self) -> None:
         self._report(await self._registry.workers())
-
-
-def redacted(url: str) -> str:
-    """Return host, port and database of a Redis URL, without user, password and options."""
-    try:
-        parts = urlsplit(url)
-        port = "" if parts.port is None else f":{parts.port}"
-        return f"{parts.scheme}://{parts.hostname or ''}{port}{parts.path}"
-    except ValueError:
-        return "(malformed URL)"
-
-
-def _connection_pool(url: str, timeout_s: float) -> ConnectionPool:
-    try:
-        pool = ConnectionPool.from_url(
-            url,
-            socket_timeout=timeout_s,
-            socket_connect_timeout=timeout_s,
-            # Once: a connection that Redis closed meanwhile is only noticed by using it.
-            retry=Retry(NoBackoff(), 1),
-            # A managed service's extension that asks every server whether it has it.
-            maint_notifications_config=MaintNotificationsConfig(enabled=False),
-        )
-        # Only here are the URL's options looked at. It does not connect.
-        pool.make_connection()  # type: ignore[no-untyped-call]
-    # Whatever it is: options reach constructors unchecked. Not chained, not quoted: errors of
-    # parsing quote pieces of the URL, which may be pieces of a password.
-    except Exception:
-        raise ConfigError(
-            "the Redis URL is wrong; it must look like redis://[user:password@]host:port/database, "
-            "with rediss:// for TLS"
-        ) from None
-    return pool
 
 
 def _names(role: str, worker: str) -> tuple[str, str]:
