@@ -75,7 +75,8 @@ class Options:
     type=click.FloatRange(min=1),
     default=10_000.0,
     show_default=True,
-    help="Output tokens a second in paced windows; half of the goal for a core.",
+    help="Output tokens a second in paced windows, with drafts half of it. Half of the goal"
+    " for a core.",
 )
 @click.option(
     "--rows",
@@ -126,7 +127,8 @@ def _measure(
         orchestrator,
     ):
         clients.ask("open", sessions=sessions, speculation=drafts)
-        workers.ask("pace", tokens_per_s=options.load)
+        # Drafts are messages too, about as many as commits.
+        workers.ask("pace", tokens_per_s=options.load / (2 if drafts else 1))
         bench = _Bench(sessions, drafts, options, folder, workers, clients, orchestrator)
         rows = [bench.window(flood=False)]
         if profile is not None:

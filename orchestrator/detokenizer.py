@@ -58,14 +58,22 @@ class ByteDetokenizer:
     """For tokenizers whose ids stand for bytes."""
 
     def __init__(self, token_bytes: TokenBytes) -> None:
-        self._token_bytes = token_bytes
-        self._utf8 = codecs.getincrementaldecoder("utf-8")("replace")
+        self._bytes_of = token_bytes.__getitem__
+        self._rest = b""
+        """The beginning of a character."""
 
     def push(self, ids: Iterable[int]) -> str:
-        return self._utf8.decode(b"".join(map(self._token_bytes.__getitem__, ids)))
+        data = b"".join(map(self._bytes_of, ids))
+        if self._rest:
+            data = self._rest + data
+        # What the standard library's incremental decoder does, in one call instead of three.
+        text, used = codecs.utf_8_decode(data, "replace", False)
+        self._rest = data[used:]
+        return text
 
     def finish(self) -> str:
-        return self._utf8.decode(b"", True)
+        rest, self._rest = self._rest, b""
+        return rest.decode(errors="replace")
 
 
 class WindowDetokenizer:

@@ -17,6 +17,8 @@ from orchestrator.workers import DrafterLink
 from outrider import wire
 from outrider.domain import BindSpec, DraftBudget, Resync
 
+_PAIRS_MAX = 65_536
+
 
 class Dispatch:
     """Finds the worker's link for a command and queues it there; a lost worker is skipped."""
@@ -25,6 +27,16 @@ class Dispatch:
         """`limits` bounds every budget."""
         self._fleet = fleet
         self._limits = limits
+        self._budgets: dict[tuple[str, str], DraftBudget] = {}
+        """What was said last, by verifier and drafter: their sessions share one object."""
+        self._fresh: set[tuple[str, str]] = set()
+        """Pairs whose budget follows the latest measurements."""
+
+    def measure_anew(self) -> None:
+        """Have budgets follow what has been measured since."""
+        self._fresh.clear()
+        if len(self._budgets) > _PAIRS_MAX:
+            self._budgets.clear()
 
     def to_verifier(
         self, running: Running, command: OpenOnVerifier | AbortOnVerifier | AskRepeat
@@ -78,8 +90,9 @@ class Dispatch:
 
     def renew_budget(self, running: Running, binding: int, drafter: DrafterLink) -> None:
         """Send a drafter a session's budget if it has changed by much."""
-        budget = self._budget_of(running, drafter)
-        if changed(running.budgets[binding], budget):
+        budget, known = self._budget_of(running, drafter), running.budgets[binding]
+        # The same object, mostly: there are far more sessions than pairs of workers.
+        if budget is not known and changed(known, budget):
             running.budgets[binding] = budget
             drafter.set_budget(running.number, binding, budget)
 
@@ -87,8 +100,15 @@ class Dispatch:
         verifier = self._fleet.verifiers.get(running.session.verifier or "")
         if verifier is None:
             return self._limits
-        rtt_s = verifier.rtt_s + drafter.rtt_s
-        return budget_of(verifier.pace, drafter.grow, rtt_s, self._limits)
+        pair = (verifier.address, drafter.address)
+        known = self._budgets.get(pair)
+        if known is None or pair not in self._fresh:
+            self._fresh.add(pair)
+            rtt_s = verifier.rtt_s + drafter.rtt_s
+            budget = budget_of(verifier.pace, drafter.grow, rtt_s, self._limits)
+            if known is None or changed(known, budget):
+                known = self._budgets[pair] = budget
+        return known
 
     def unbind(self, running: Running, command: UnbindDrafter) -> None:
         """Detach a drafter."""

@@ -308,6 +308,7 @@ class Driver:
     def _review(self, sessions: list[Running]) -> list[tuple[Running, Engagement]]:
         """End attachments that win nothing and renew budgets; returns those without drafters."""
         now_s = time.monotonic()
+        self._dispatch.measure_anew()
         off: list[tuple[Running, Engagement]] = []
         for running in sessions:
             session = running.session
@@ -367,9 +368,11 @@ class Driver:
 
     def _perform_one(self, running: Running, command: Command) -> None:
         match command:
+            case Deliver():
+                running.generation.say(Delivery(running.choice, command))
             case RelayCommit():
                 self._dispatch.relay(running, command)
-            case DeliverPrompt() | Deliver() | Finish():
+            case DeliverPrompt() | Finish():
                 self._tell_client(running, command)
             case AttachDrafters(count, exclude):
                 self._attach(running, count, exclude)
@@ -386,13 +389,11 @@ class Driver:
             case Forget():
                 self._forget(running)
 
-    def _tell_client(self, running: Running, command: DeliverPrompt | Deliver | Finish) -> None:
+    def _tell_client(self, running: Running, command: DeliverPrompt | Finish) -> None:
         generation = running.generation
         match command:
             case DeliverPrompt():
                 generation.say(command)
-            case Deliver():
-                generation.say(Delivery(running.choice, command))
             case Finish():
                 total_s = time.monotonic() - generation.started_s
                 first_s = running.first_token_s or total_s

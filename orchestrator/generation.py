@@ -9,7 +9,7 @@ from __future__ import annotations
 import itertools
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from orchestrator.engagement import Engagement
 from orchestrator.messages import Deliver, DeliverPrompt, Finish
@@ -20,9 +20,8 @@ from outrider.errors import OutriderError
 from outrider.serving.queues import Mailbox
 
 
-@dataclass(frozen=True, slots=True)
-class Delivery:
-    """More output of one choice."""
+class Delivery(NamedTuple):
+    """More output of one choice; a named tuple as there is one for every commit."""
 
     choice: int
     deliver: Deliver
@@ -96,6 +95,10 @@ class Generation:
 
     def say(self, output: DeliverPrompt | Delivery | Ending) -> None:
         """Pass output on to the client; the last choice's ending closes the stream."""
+        if isinstance(output, Delivery) and not self.prompt_wanted:
+            # The hot path: nothing can have ended.
+            self.mailbox.put(output)
+            return
         self.finished += isinstance(output, Ending)
         if isinstance(output, DeliverPrompt):
             self.prompt_wanted = False
@@ -119,10 +122,14 @@ class Generation:
         """Choices whose sessions have not ended."""
         return (running for running in self.choices if running.session.state is not State.ENDED)
 
+    async def take(self) -> list[Output]:
+        """Wait for output and return what there is; empty after an error or the last Ending."""
+        return joined(await self.mailbox.take())
+
     async def outputs(self) -> AsyncIterator[Output]:
         """Yield outputs as they come; ends after the last choice's Ending or an error."""
-        while batch := await self.mailbox.take():
-            for output in joined(batch):
+        while batch := await self.take():
+            for output in batch:
                 yield output
 
 
@@ -131,7 +138,7 @@ def joined(batch: list[Output]) -> list[Output]:
 
     What a batch says of one choice stays in order; choices are independent of each other.
     """
-    if len(batch) == 1:
+    if len(batch) < 2:
         return batch
     result: list[Output] = []
     pieces: dict[int, list[Deliver]] = {}

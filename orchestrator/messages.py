@@ -1,9 +1,12 @@
-"""Events that a session is told of, and commands that it answers with. Plain data."""
+"""Events that a session is told of, and commands that it answers with. Plain data.
+
+What is made for every commit is a named tuple: a frozen dataclass takes three times as long.
+"""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Protocol, TypeAlias
+from typing import NamedTuple, Protocol, TypeAlias
 
 from outrider.domain import (
     Commit,
@@ -67,8 +70,7 @@ class Report(Protocol):
     def logprobs(self) -> tuple[TokenLogprobs, ...]: ...
 
 
-@dataclass(frozen=True, slots=True)
-class Committed:
+class Committed(NamedTuple):
     """The verifier decided tokens."""
 
     commit: Commit
@@ -205,8 +207,7 @@ class UnbindDrafter:
     address: str
 
 
-@dataclass(frozen=True, slots=True)
-class RelayCommit:
+class RelayCommit(NamedTuple):
     """Pass a commit on. `verbatim`: the verifier's own bytes may be relayed unread."""
 
     bindings: tuple[int, ...]
@@ -222,8 +223,7 @@ class DeliverPrompt:
     """From the prompt's second token on."""
 
 
-@dataclass(frozen=True, slots=True)
-class Deliver:
+class Deliver(NamedTuple):
     """Hand output to the client."""
 
     text: str

@@ -248,12 +248,12 @@ class Session:
         return [DeliverPrompt(tuple(self.prompt_logprobs))]
 
     def _on_committed(self, event: Committed) -> list[Command]:
-        commit, report = event.commit, event.report
-        if commit.epoch != self.epoch:
+        commit, report = event
+        if commit.epoch != self.spec.epoch:
             return []
-        if commit.base_length > self.length:
-            return self._ask_repeat()
         known = self.length - commit.base_length
+        if known < 0:
+            return self._ask_repeat()
         if known and not self._agrees(commit, known):
             return self._end(Fail(InternalError("the verifier contradicts its own commits")))
         fault = self._logprobs_fault(event)
@@ -267,7 +267,7 @@ class Session:
         # Unlike sources, log-probabilities are repeated.
         logprobs = report.logprobs if self.spec.logprobs is not None else ()
         if known:
-            commit = replace(commit, base_length=self.length, tokens=commit.tokens[known:])
+            commit = Commit(commit.epoch, self.length, commit.tokens[known:], commit.last)
             sources, logprobs = sources[known:], logprobs[known:]
         return self._deliver(commit, sources, logprobs, report.finish_reason, verbatim=not known)
 

@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from datetime import datetime
-from typing import Any, Final
+from typing import Any, Final, NamedTuple
 
 from tokenizers import Tokenizer
 
@@ -100,9 +99,8 @@ class TextCodec:
         return tuple(self._tokenizer.encode(text, add_special_tokens=add_special_tokens).ids)
 
 
-@dataclass(frozen=True, slots=True)
-class TextPiece:
-    """What a `TextStream` has to say about some ids."""
+class TextPiece(NamedTuple):
+    """What a `TextStream` has to say about some ids; one is made for every commit."""
 
     text: str
     """To append to the output."""
@@ -139,6 +137,8 @@ class TextStream:
             return TextPiece("", 0, stopped=True)
         if self._finished:
             raise InternalError("ids were pushed to a text stream that had been finished")
+        if self._stops.empty and not last:
+            return TextPiece(self._detokenizer.push(ids), len(ids), stopped=False)
         self._finished = last
         said: list[str] = []
         if self._stops.empty:

@@ -290,7 +290,8 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
         """Queue a draft; False if it was dropped."""
         if len(self._pending.drafts) >= DRAFT_ROWS_MAX:
             return False
-        self._pending.drafts.add(session=session, source=source, draft=draft)
+        row = self._pending.drafts.add()
+        row.session, row.source, row.draft = session, source, draft
         self._wake.set()
         return True
 
@@ -377,7 +378,8 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
 
     def commit(self, session: int, commit: bytes) -> None:
         """Queue a commit."""
-        self._pending.commits.add(session=session, commit=commit)
+        row = self._pending.commits.add()
+        row.session, row.commit = session, commit
         self._wake.set()
 
     def learn_gain(self, gain: float) -> None:

@@ -7,8 +7,7 @@ session (vocabulary, epoch, digest).
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 from google.protobuf.message import DecodeError
 
@@ -128,12 +127,11 @@ def report_from_pb(message: types_pb2.CommitReport) -> CommitReport:
     )
 
 
-@dataclass(frozen=True, slots=True)
-class RelayedReport:
+class RelayedReport(NamedTuple):
     """A `CommitReport` whose counters are decoded when they are read.
 
     Decoding them costs more than all the rest of a commit, and those of most commits are
-    outdated before anybody asks.
+    outdated before anybody asks. A named tuple, which is quicker to make than a dataclass.
     """
 
     packed_counters: bytes

@@ -16,7 +16,17 @@ from bench.synthetic_fleet import SyntheticFleet
 
 pytestmark = [pytest.mark.slow, pytest.mark.timeout(300)]
 
-TINY = Effort(1, 1.0, 0.5, 200, (2.0,), (4,), 1.5, 2.0)
+TINY = Effort(
+    repeats=1,
+    window_s=1.0,
+    skipped_s=0.5,
+    plain_window_s=0.7,
+    simulated_steps=200,
+    round_trips_ms=(2.0,),
+    phase_s=1.5,
+    streams=(4,),
+    streams_window_s=0.5,
+)
 
 
 def test_parts_are_measured_and_written_down(
@@ -26,8 +36,9 @@ def test_parts_are_measured_and_written_down(
     arguments = ["--quick", "--parts", "rtt,recover", "--results-dir", str(tmp_path)]
     answer = CliRunner().invoke(pipeline.main, arguments, catch_exceptions=False)
     assert answer.exit_code == 0, answer.output
-    last = answer.output.strip().splitlines()[-1]
-    assert last.startswith("result: pipeline rtt0.5=na rtt2=")
+    said = answer.output.strip().splitlines()[-2:]
+    assert said[0].startswith("result: pipeline rtt0.5=na rtt2=")
+    assert said[1].startswith("result: orchestrator tokens_per_core=na")
     record = json.loads((tmp_path / "pipeline.json").read_text())
     (row,) = record["rows"]
     assert row["synthetic"] is True
@@ -35,7 +46,39 @@ def test_parts_are_measured_and_written_down(
     assert 20 < row["target_only_tokens_per_s"] < 46
     assert row["speedup"] > 1.5
     assert 2.0 <= row["rtt_ms"] < 6.0
-    assert len(record["recovery"]["changes_s"]) == 4
+    assert row["planned_tokens_per_s"] > 0
+    assert len(record["measured"]["recovery"]["changes_s"]) == 4
+
+    # Another part joins them; what is there already is not measured again.
+    arguments = ["--quick", "--parts", "rtt,orchestrator", "--resume"]
+    arguments += ["--results-dir", str(tmp_path)]
+    answer = CliRunner().invoke(pipeline.main, arguments, catch_exceptions=False)
+    assert answer.exit_code == 0, answer.output
+    joined = json.loads((tmp_path / "pipeline.json").read_text())
+    assert joined["rows"] == [row]
+    assert joined["measured"]["origins"].keys() == {"rtt", "recover", "orchestrator"}
+    relayed = joined["measured"]["relay"]
+    assert [(one["sessions"], one["drafts"]) for one in relayed] == [(4, False), (4, True)]
+    assert "result: orchestrator tokens_per_core=na" not in answer.output
+
+
+def test_a_part_that_fails_says_why_and_the_others_go_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(pipeline, "QUICK", TINY)
+    # There is no such model.
+    arguments = ["--quick", "--parts", "real,orchestrator", "--model", str(tmp_path / "nothing")]
+    arguments += ["--results-dir", str(tmp_path)]
+    answer = CliRunner().invoke(pipeline.main, arguments)
+    assert answer.exit_code == 1
+    assert "real FAILED" in answer.output
+    record = json.loads((tmp_path / "pipeline.json").read_text())["measured"]
+    assert record["origins"]["real"]["errors"]
+    assert not record["origins"]["orchestrator"]["errors"]
+    assert len(record["relay"]) == 2
+    assert (
+        answer.output.strip().splitlines()[-1].startswith("result: orchestrator tokens_per_core=")
+    )
 
 
 def test_drafters_are_changed_while_the_fleet_runs() -> None:
