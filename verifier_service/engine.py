@@ -3,8 +3,9 @@
     while running:
         apply what arrived -> plan a batch -> one forward pass -> the rule -> commits
 
-Nothing else touches torch or a session. Commands come in through a bounded inbox; each step's
-outputs leave through one callback. The engine knows nothing of gRPC, Redis or text.
+Nothing else touches torch, and nothing else a session but for drafts, which are merged by whoever
+submits them while the forward pass is under way. Commands come in through a bounded inbox; each
+step's outputs leave through one callback. The engine knows nothing of gRPC, Redis or text.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """One session as the verifier holds it: committed tokens, draft tree, counters, KV.
 
-Owned by the engine's thread; nobody else touches it.
+Owned by the engine's thread, which lends it while the model computes (`Engine.submit`).
 """
 
 from __future__ import annotations
