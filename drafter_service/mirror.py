@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterable
+from itertools import islice
 
 from outrider.committed import CommittedLog
 from outrider.domain import BindSpec, Commit, Draft, DraftBudget
@@ -68,6 +70,14 @@ class Mirror:
             self.fresh.append(node)
         return node
 
+    def expand(self, parent: Node, guesses: Iterable[tuple[int, float]]) -> list[Node]:
+        """Guess different tokens (id, claim) after a node without guesses, as far as allowed."""
+        size = self.spec.vocabulary_size
+        allowed = islice((guess for guess in guesses if 0 <= guess[0] < size), max(0, self.room))
+        nodes = self.tree.sprout(parent, allowed, _OWN)
+        self.fresh += nodes
+        return nodes
+
     def apply(self, commit: Commit) -> tuple[tuple[int, ...], Advance] | None:
         """Follow a commit; returns (new tokens, what it did to the tree), None if nothing is new.
 
@@ -90,21 +100,14 @@ class Mirror:
     def _worth_sending(self) -> list[Node]:
         """Take what is fresh and as probable as the budget asks for; the rest may come later."""
         least = math.log(max(_PROBABILITY_MIN, self.budget.probability_min))
-        paths: dict[Node | None, float] = {self.tree.root: 0.0, None: -math.inf}
+        least += self.tree.root.path_logprob
         worth: list[Node] = []
         for node in self.fresh:
-            # Parents are attached before their children, and mostly looked up here before.
-            path: list[Node] = []
-            walker: Node | None = node
-            while walker is not None and walker not in paths:
-                path.append(walker)
-                walker = walker.parent
-            path_logprob = paths[walker]
-            for step in reversed(path):
-                path_logprob = paths[step] = path_logprob + step.accept_logprob
-            if path_logprob >= least:
+            if node.parent is None:
+                continue  # gone, or committed
+            if node.path_logprob >= least:
                 worth.append(node)
-            elif path_logprob > -math.inf:
+            else:
                 self._later.append(node)
         self.fresh = []
         return worth

@@ -38,7 +38,6 @@ class VerifierPace:
     """Moving averages over a verifier's steps."""
 
     step_s: float = 0.0
-    """From one start to the next as far as drafts are concerned: computing and waiting."""
     plain_s: float = 0.0
     """What steps would take without guesses."""
     pay_min: float = 0.0
@@ -48,7 +47,7 @@ class VerifierPace:
         if not step.rows:
             return
         share = _STEP_SHARE if self.step_s else 1.0
-        self.step_s += share * (step.duration_s + step.waited_s - self.step_s)
+        self.step_s += share * (step.duration_s - self.step_s)
         self.plain_s += share * (step.plain_s - self.plain_s)
         self.pay_min += share * (step.pay_min - self.pay_min)
 

@@ -46,14 +46,6 @@ class SessionTrace:
         if step is not None:
             start_s = step.started_s + clock_offset_s
             end_s = start_s + step.duration_s
-            if step.waited_s > 0.0:
-                self._span(
-                    verifier,
-                    "wait for drafts",
-                    start_s - step.waited_s,
-                    step.waited_s,
-                    {"why": f"promised {step.wait_gain:.2f} tokens more than it cost"},
-                )
             self._span(
                 verifier,
                 "verify step",

@@ -373,16 +373,12 @@ class StepReport:
     tokens: int
     kv_tokens_used: int = 0
     waiting: int = 0
-    waited_s: float = 0.0
-    """How long the start was delayed for drafts."""
     plain_s: float = 0.0
     """What the step would have taken without guesses, as far as the verifier knows."""
     started_s: float = 0.0
     """On the verifier's own clock."""
     pay_min: float = 0.0
     """If no guess is more probable than this, none was worth verifying in this step."""
-    wait_gain: float = 0.0
-    """Tokens by which waiting promised to win more than it cost."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ import heapq
 import math
 import operator
 from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from outrider.domain import Draft
@@ -49,6 +49,9 @@ class Node:
     claims: dict[int, float] = field(default_factory=dict)
     """Log-probability of acceptance, given that the parent is accepted, as each source said."""
     children: dict[int, Node] = field(default_factory=dict)
+    path_logprob: float = 0.0
+    """In a drafter's own tree: the most confident claims from some ancestor of the tree down to
+    here, added up. Only differences along a path mean anything. Trees that `merge` lack it."""
 
     @property
     def accept_logprob(self) -> float:
@@ -164,7 +167,9 @@ class DraftTree:
             return node.accept_logprob
         best = ESTIMATE_FLOOR
         for source, claim in node.claims.items():
-            best = max(best, calibrate(source, claim))
+            estimate = calibrate(source, claim)
+            if estimate > best:
+                best = estimate
         return best
 
     def ranked(self) -> Iterator[tuple[float, Node]]:
@@ -195,17 +200,32 @@ class DraftTree:
         Returns the child, or None if it would lie deeper than `depth_max`. May leave the tree
         over its bound until `shrink` is called.
         """
-        claim = _bounded(accept_logprob)
         child = parent.children.get(token)
-        if child is not None:
-            child.claims[source] = max(claim, child.claims.get(source, claim))
-            return child
+        if child is None:
+            added = self.sprout(parent, ((token, accept_logprob),), source)
+            return added[0] if added else None
+        before = child.accept_logprob
+        claim = _bounded(accept_logprob)
+        child.claims[source] = max(claim, child.claims.get(source, claim))
+        if child.accept_logprob > before:
+            _raise_paths(child, child.accept_logprob - before)
+        return child
+
+    def sprout(self, parent: Node, guesses: Iterable[tuple[int, float]], source: int) -> list[Node]:
+        """Attach children (token, claim) that are not there yet; see `add`, which is slower."""
         position = parent.position + 1
         if position - self.root.position > self.depth_max:
-            return None
-        child = parent.children[token] = Node(token, parent, position, source, {source: claim}, {})
-        self.size += 1
-        return child
+            return []
+        path_logprob, children = parent.path_logprob, parent.children
+        added: list[Node] = []
+        for token, logprob in guesses:
+            claim = logprob if ESTIMATE_FLOOR <= logprob <= 0.0 else _bounded(logprob)
+            claims = {source: claim}
+            child = Node(token, parent, position, source, claims, {}, path_logprob + claim)
+            children[token] = child
+            added.append(child)
+        self.size += len(added)
+        return added
 
     def merge(self, draft: Draft, since: Sequence[int], source: int) -> Merge:
         """Graft a draft that passed `draft_fault`; late ones are salvaged.
@@ -337,6 +357,14 @@ def _bounded(logprob: float) -> float:
     return max(ESTIMATE_FLOOR, min(0.0, logprob))
 
 
+def _raise_paths(top: Node, more: float) -> None:
+    """Make a node and all below it more probable."""
+    raised = [top]
+    for node in raised:
+        node.path_logprob += more
+        raised.extend(node.children.values())
+
+
 def _sever(top: Node) -> int:
     """Cut a dropped subtree's links to parents; returns its size.
 
@@ -357,24 +385,25 @@ def subtree_draft(
 
     Nodes that no longer descend from the root are left out.
     """
-    index_of: dict[Node, int] = {}
+    # The root is where paths end; what has no parent beside it belongs to no tree any more.
+    index_of: dict[Node | None, int] = {tree.root: -1}
     tokens: list[int] = []
     parents: list[int] = []
     logprobs: list[float] = []
     for node in fresh:
         path: list[Node] = []
         walker: Node | None = node
-        while walker is not None and walker is not tree.root and walker not in index_of:
+        while walker is not None and walker not in index_of:
             path.append(walker)
             walker = walker.parent
         if walker is None:
             continue
+        at = index_of[walker]
         for step in reversed(path):
-            parent = step.parent
-            parents.append(-1 if parent is None or parent is tree.root else index_of[parent])
-            index_of[step] = len(tokens)
+            parents.append(at)
+            at = index_of[step] = len(tokens)
             tokens.append(step.token)
-            logprobs.append(step.accept_logprob)
+            logprobs.append(max(step.claims.values(), default=0.0))
     if not tokens:
         return None
     return Draft(epoch, base_length, base_digest, tuple(tokens), tuple(parents), tuple(logprobs))

@@ -11,7 +11,6 @@ from outrider.errors import InvalidRequest
 
 _COLOURS = {
     "verify step": "C0",
-    "wait for drafts": "C3",
     "draft step": "C2",
     "draft": "C8",
     "commit": "C9",

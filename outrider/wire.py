@@ -354,11 +354,9 @@ def step_report_from_pb(message: verifier_pb2.StepReport) -> StepReport:
         message.tokens,
         message.kv_tokens_used,
         message.waiting,
-        message.waited_s,
         message.plain_s,
         message.started_s,
         message.pay_min,
-        message.wait_gain,
     )
 
 
@@ -370,11 +368,9 @@ def step_report_to_pb(report: StepReport) -> verifier_pb2.StepReport:
         tokens=report.tokens,
         kv_tokens_used=report.kv_tokens_used,
         waiting=report.waiting,
-        waited_s=report.waited_s,
         plain_s=report.plain_s,
         started_s=report.started_s,
         pay_min=report.pay_min,
-        wait_gain=report.wait_gain,
     )
 
 

@@ -79,12 +79,6 @@ from verifier_service.config import EngineConfig, VerifierConfig
 @click.option(
     "--warm-up/--no-warm-up", default=True, show_default=True, help="Measure step times first."
 )
-@click.option(
-    "--wait-for-drafts/--no-wait-for-drafts",
-    default=EngineConfig.wait_for_drafts,
-    show_default=True,
-    help="Experimental: delay a step where drafts on their way promise more than that costs.",
-)
 @logging_options
 def command(
     log_level: str,
@@ -97,7 +91,6 @@ def command(
     grammar_timeout_s: float,
     step_delay_s: float,
     warm_up: bool,
-    wait_for_drafts: bool,
     worker_id: str | None,
     cache_dir: Path,
     **options: Any,
@@ -122,7 +115,6 @@ def command(
             grammar_timeout_s=grammar_timeout_s,
             step_delay_s=step_delay_s,
             warm_up=warm_up,
-            wait_for_drafts=wait_for_drafts,
         ),
         **options,
     )

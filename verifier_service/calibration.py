@@ -155,9 +155,9 @@ class Shape:
             return self._values[0] + claim_logprob - _CENTRES_LOG[0]
         if index == len(_CENTRES):
             return self._values[-1] + claim_logprob - _CENTRES_LOG[-1]
-        low, high = _CENTRES_LOG[index - 1], _CENTRES_LOG[index]
-        share = (claim_logprob - low) / (high - low)
-        return self._values[index - 1] + share * (self._values[index] - self._values[index - 1])
+        low, before = _CENTRES_LOG[index - 1], self._values[index - 1]
+        share = (claim_logprob - low) / (_CENTRES_LOG[index] - low)
+        return before + share * (self._values[index] - before)
 
 
 def _monotone(values: Sequence[float], weights: Sequence[float]) -> list[float]:
@@ -215,7 +215,8 @@ class SessionCalibration:
                 self._offset = ESTIMATE_FLOOR
         if self._offset == ESTIMATE_FLOOR:
             return ESTIMATE_FLOOR
-        return min(_LOGPROB_MAX, self._offset + self._shared.shape.apply(claim_logprob))
+        estimate = self._offset + self._shared.shape.apply(claim_logprob)
+        return estimate if estimate < _LOGPROB_MAX else _LOGPROB_MAX
 
     def _ratio(self) -> float:
         return self._trust.ratio(self._shared.ratio(), self._PRIOR_WEIGHT)

@@ -23,9 +23,6 @@ class EngineConfig:
     """Draft nodes verified in one step, over all sessions."""
     prefill_tokens_max: int = 256
     """Prompt tokens computed beside decoding rows in one step: what bounds a stall."""
-    wait_for_drafts: bool = False
-    """Delay a step's start where drafts on their way promise more than that costs. Off: measured
-    with synthetic models it gains nothing yet, and with middling drafters it loses."""
     tree_nodes_max: int = 512
     """Live draft nodes kept for a session."""
     tree_depth_max: int = 64

@@ -3,13 +3,15 @@
     while running:
         apply what arrived -> plan a batch -> one forward pass -> the rule -> commits
 
-Nothing else touches torch or a session. Commands come in through a bounded inbox; each step's
-outputs leave through one callback. The engine knows nothing of gRPC, Redis or text.
+Nothing else touches torch, and nothing else a session but for drafts, which are merged by whoever
+submits them while the forward pass is under way. Commands come in through a bounded inbox; each
+step's outputs leave through one callback. The engine knows nothing of gRPC, Redis or text.
 """
 
 from __future__ import annotations
 
 import logging
+import threading
 import time
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -28,7 +30,7 @@ from outrider.domain import (
     TokenLogprobs,
 )
 from outrider.errors import InvalidRequest
-from outrider.model.language_model import LanguageModel, Row
+from outrider.model.language_model import LanguageModel, Logits, Row
 from outrider.serving.queues import Inbox
 from verifier_service.acceptance import AcceptRule, Verdict, accept_path, judge
 from verifier_service.admission import Admission, reject
@@ -50,7 +52,6 @@ from verifier_service.planning import Planner, RowPlan, Seat, kv_read
 from verifier_service.sampling_step import Sampled, committed_logprobs, sample_rows
 from verifier_service.session import Session
 from verifier_service.step_times import StepTimes
-from verifier_service.waiting import Waiting
 
 _IDLE_WAIT_S = 0.5
 _ENDED_KEPT_MAX = 1_024
@@ -99,6 +100,10 @@ class Engine:
         """In the order of admission."""
         self._ended: OrderedDict[int, Ended] = OrderedDict()
         self._outputs: dict[int, Outputs] = {}
+        self._computing = threading.Lock()
+        """Held to look at `_lent`, and for as long as something is done on account of it."""
+        self._lent = False
+        """The model computes, and what its thread owns is lent to whoever submits a draft."""
         self._draining = False
         self._drafts_dropped = 0
         self._eos_ids = frozenset(model.eos_ids)
@@ -110,7 +115,6 @@ class Engine:
         )
         self._calibrations = Calibrations()
         self._planner = Planner(self.pool, self.times, config, self._calibrations)
-        self._waiting = Waiting()
         self._thread: Executor | None = None
         self._ended_run: Future[None] | None = None
 
@@ -122,9 +126,28 @@ class Engine:
         self._ended_run = self._thread.submit(self._run)
 
     def submit(self, command: Command) -> None:
-        """Queue a command; drafts are dropped when too many wait."""
+        """Queue a command; drafts are dropped when too many wait.
+
+        A draft that comes while the model computes is merged at once, by the caller.
+        """
+        if isinstance(command, Offer) and self._computing.acquire(blocking=False):
+            try:
+                # In the order of arrival: its session may still wait to be opened.
+                if self._lent and not self._inbox.waiting and not self._evicts(command):
+                    self._apply_safely(command)
+                    return
+            finally:
+                self._computing.release()
         if not self._inbox.put(command, droppable=isinstance(command, Offer)):
             self._drafts_dropped += 1
+
+    def _evicts(self, offer: Offer) -> bool:
+        """True if merging a draft may cost the tree nodes, which a step may be verifying."""
+        seat = self._seats.get(offer.session)
+        if seat is None or offer.draft is None:
+            return False
+        tree = seat.session.tree
+        return tree.size + len(offer.draft.tokens) > tree.nodes_max
 
     def stop(self, timeout_s: float = 30.0) -> None:
         """End the loop after the step under way, and its thread."""
@@ -185,18 +208,13 @@ class Engine:
             while not self._inbox.closed:
                 for command in self._inbox.take_all(wait_s=wait_s):
                     self._apply_safely(command)
-                wait_s = self._hold_s() if self._seats else _IDLE_WAIT_S
-                if self._seats and not wait_s:
+                if self._seats:
                     self._step()
+                wait_s = 0.0 if self._seats else _IDLE_WAIT_S
                 self._flush()
         finally:
             for seat in list(self._seats.values()):
                 self._close(seat)
-
-    def _hold_s(self) -> float:
-        if not self._config.wait_for_drafts:
-            return 0.0
-        return self._waiting.hold_s(self._seats.values())
 
     def _apply_safely(self, command: Command) -> None:
         try:
@@ -217,11 +235,10 @@ class Engine:
         match command:
             case Open(connection, spec):
                 self._open(connection, spec)
-            case Offer(connection, number, source, draft, received_s):
+            case Offer(connection, number, source, draft):
                 seat = self._seats.get(number)
                 if seat is not None and seat.session.connection == connection:
                     seat.session.merge(draft, source)
-                    self._waiting.merged(seat.session, draft, source, received_s)
             case Repeat(connection, resync):
                 self._repeat(connection, resync)
             case Abort(connection, number, epoch):
@@ -318,7 +335,6 @@ class Engine:
         self._to(connection).commits.append((resync.session, commit, report))
 
     def _close(self, seat: Seat) -> None:
-        self._waiting.forget(seat.session)
         seat.session.cache.release()
         del self._seats[seat.session.spec.session]
 
@@ -335,7 +351,7 @@ class Engine:
                 return
             assert plans, "the session admitted first always computes something"
             started = time.perf_counter()
-            logits = self.model.forward([plan.row() for plan in plans])
+            logits = self._forward([plan.row() for plan in plans])
             sampled = sample_rows(logits, plans)
         except Exception:
             _log.exception("verify step failed; its sessions end")
@@ -357,19 +373,16 @@ class Engine:
         )
         plain_s = self.times.predict(plain, prefill_tokens=prefill)
         self.steps += 1
-        committed = self._decide(sampled)
-        self._waiting.ended(committed, rows, sum(len(plan.nodes) for plan in plans))
+        self._decide(sampled)
         report = StepReport(
             duration_s,
             rows=rows,
             tokens=tokens,
             kv_tokens_used=self.pool.tokens_used,
             waiting=sum(seat.waiting for seat in self._seats.values()),
-            waited_s=self._waiting.waited_s,
             plain_s=plain_s,
             started_s=started,
             pay_min=min(1.0, self._calibrations.pay_min),
-            wait_gain=hold.gain if (hold := self._waiting.last_hold) is not None else 0.0,
         )
         # To those in prefill, and to those that wait: a step is a sign of life.
         connections = {plan.seat.session.connection for plan in plans}
@@ -377,11 +390,18 @@ class Engine:
         for connection in connections:
             self._to(connection).step = report
 
-    def _decide(self, sampled: Sequence[Sampled]) -> int:
-        """Apply the rule to every row, then make the verdicts true, each session for itself.
+    def _forward(self, rows: Sequence[Row]) -> Logits:
+        """Run the model; sessions are lent to `submit` for as long."""
+        self._lent = True
+        try:
+            return self.model.forward(rows)
+        finally:
+            # A draft that is being merged is waited for.
+            with self._computing:
+                self._lent = False
 
-        Returns how many tokens the step committed.
-        """
+    def _decide(self, sampled: Sequence[Sampled]) -> None:
+        """Apply the rule to every row, then make the verdicts true, each session for itself."""
         verdicts: list[Verdict | None] = []
         for row in sampled:
             session = row.plan.seat.session
@@ -413,7 +433,6 @@ class Engine:
             except Exception:
                 _log.exception("commit failed; its session ends")
                 self._fail(seat)
-        return sum(len(verdict.tokens) for verdict in verdicts if verdict is not None)
 
     def _fail(
         self,
@@ -445,7 +464,6 @@ class Engine:
         if nodes:
             # Slot 0 is the tip, slot 1 + i is nodes[i]: what was accepted becomes prefix.
             session.cache.advance([0, *(1 + index for index in verdict.accepted)])
-        self._waiting.committed(session, len(verdict.tokens))
         plan.seat.decider.advance(verdict.tokens, logprobs)
         last = verdict.finish_reason is not None
         commit = Commit(session.spec.epoch, base_length, verdict.tokens, last)

@@ -33,8 +33,6 @@ class Offer:
     session: int
     source: int
     draft: Draft | None
-    received_s: float = 0.0
-    """When it came, on the engine's clock (`time.perf_counter`)."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import time
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -137,10 +136,9 @@ class VerifierService(
                 self._open(Open(connection, wire.session_from_pb(message)), mailbox)
             except InvalidRequest as error:
                 mailbox.put(Outputs(rejections=[_invalid(message, error)]))
-        now_s = time.perf_counter()
         for row in request.drafts:
             draft = wire.draft_from_bytes(row.draft)
-            engine.submit(Offer(connection, row.session, row.source, draft, now_s))
+            engine.submit(Offer(connection, row.session, row.source, draft))
         for resync in request.resyncs:
             held = self._held.get(resync.session)
             # The engine would not know it; it has missed nothing, since nothing was committed.

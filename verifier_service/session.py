@@ -1,6 +1,6 @@
 """One session as the verifier holds it: committed tokens, draft tree, counters, KV.
 
-Owned by the engine's thread; nobody else touches it.
+Owned by the engine's thread, which lends it while the model computes (`Engine.submit`).
 """
 
 from __future__ import annotations
@@ -8,7 +8,6 @@ from __future__ import annotations
 import math
 from collections import Counter
 from collections.abc import Iterable
-from itertools import islice
 
 from outrider.committed import CommittedLog
 from outrider.domain import TARGET_SOURCE, Draft, SessionSpec, SpeculationCounters
@@ -53,42 +52,12 @@ class Session:
         self._vocabulary_size = vocabulary_size
         self._calibrations = calibrations or Calibrations()
         self._calibration_of: dict[int, SessionCalibration] = {}
-        self._sources: frozenset[tuple[int, int]] = frozenset()
         self._verify_steps = 0
         self._verified = 0
         self._received = 0
         self._dropped_drafts: Counter[str] = Counter()
         self._dropped_nodes: Counter[str] = Counter()
         self._accepted: Counter[int] = Counter()
-
-    @property
-    def sources(self) -> frozenset[tuple[int, int]]:
-        """(connection, source) of all whose drafts have been looked at."""
-        return self._sources
-
-    def promise(self, tree: DraftTree, nodes_max: int) -> float:
-        """Tokens to expect of a verify step with a tree's best guesses that may pay."""
-        expected, needed = 1.0, max(WORTH_MIN, self._calibrations.pay_min)
-        for path_logprob, _ in islice(tree.ranked(), min(nodes_max, self.tokens_left - 1)):
-            probability = math.exp(path_logprob)
-            if probability < needed:
-                break
-            expected += probability
-        return expected
-
-    def empty_tree(self) -> DraftTree:
-        """A tree at the present tip as if nobody had guessed yet."""
-        return DraftTree(
-            self.log.tip,
-            len(self.log),
-            nodes_max=self.tree.nodes_max,
-            depth_max=self.tree.depth_max,
-            calibrate=self._calibrate,
-        )
-
-    def sound(self, draft: Draft) -> bool:
-        """True if nothing is wrong with a draft for any tip of this session."""
-        return self._fault(draft, None) is None
 
     @property
     def tokens_left(self) -> int:
@@ -142,11 +111,12 @@ class Session:
         if calibration is None:
             calibration = self._calibrations.of_session(self.connection, source)
             self._calibration_of[source] = calibration
-            self._sources |= {(self.connection, source)}
         return calibration
 
     def _calibrate(self, source: int, claim_logprob: float) -> float:
-        return self._calibration(source).apply(claim_logprob)
+        # Asked of each node whenever nodes are ranked: nearly always of a source that is known.
+        calibration = self._calibration_of.get(source) or self._calibration(source)
+        return calibration.apply(claim_logprob)
 
     def _fault(self, draft: Draft | None, first: int | None) -> str | None:
         if draft is None:

@@ -16,6 +16,7 @@ from __future__ import annotations
 import bisect
 import math
 from dataclasses import dataclass, field
+from itertools import pairwise
 
 KNOTS = (1, 2, 4, 8, 12, 16, 24, 32, 48, 64, 96, 128, 192, 256, 384, 512, 1024)
 """Step sizes, in tokens, at which T is learnt."""
@@ -237,7 +238,16 @@ class StepTimes:
         """Predictions for `tokens`, `tokens + 1`, ..., `tokens + more`."""
         curve = self._mixed if prefill_tokens else self._decoding
         kv_tokens_now = self._kv_tokens if kv_tokens is None else kv_tokens
-        return [self._read(curve, tokens + extra, kv_tokens_now) for extra in range(more + 1)]
+        more_s = self._kv_slope.value * (kv_tokens_now - self._kv_tokens)
+        predicted: list[float] = []
+        # Along the knots, since looking each size up takes longer than the rest of the choice.
+        for (low, low_s), (high, high_s) in pairwise(curve.line):
+            rise_s = (high_s - low_s) / (high - low)
+            for size in range(tokens + len(predicted), min(high, tokens + more) + 1):
+                duration_s = low_s if size <= low else low_s + rise_s * (size - low)
+                predicted.append(max(0.1 * duration_s, duration_s + more_s))
+        rest = range(tokens + len(predicted), tokens + more + 1)
+        return predicted + [self._read(curve, size, kv_tokens_now) for size in rest]
 
     def _read(self, curve: _Curve, tokens: int, kv_tokens: float) -> float:
         line = curve.line

@@ -28,14 +28,16 @@ class Frontier:
         self._logprob_min = logprob_min
         self._heap: list[Entry] = []
         self._arrivals = 0
-        level: list[tuple[float, Node]] = [(0.0, tree.root)]
-        for path_logprob, node in level:
+        above = tree.root.path_logprob
+        level = [tree.root]
+        for node in level:
             for child in node.children.values():
-                logprob = path_logprob + child.accept_logprob
+                logprob = child.path_logprob - above
+                if logprob < logprob_min:
+                    continue
+                level.append(child)
                 if child not in expanded:
                     self.add(child, logprob)
-                if logprob >= logprob_min:
-                    level.append((logprob, child))
 
     def serves(self, root: Node, logprob_min: float, deepest: int) -> bool:
         """True if this is the frontier of the tree with that root, within those bounds."""

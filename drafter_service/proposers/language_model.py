@@ -13,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
 from pathlib import Path
 from typing import TypeAlias
 
@@ -26,7 +25,7 @@ from outrider.model.info import model_info
 from outrider.model.kv_cache import SessionCache
 from outrider.model.language_model import LanguageModel, Row
 from outrider.model.loading import Device, Dtype, load_language_model
-from outrider.model.sampling import ACCEPT_LOGPROB_FLOOR, rank_candidates
+from outrider.model.ranking import Guesses, ranked_guesses
 from outrider.model.threads import set_threads
 
 _PROBABILITY_MIN = 1e-30
@@ -103,7 +102,8 @@ class LanguageModelProposer:
             path.append(slot)
         # Nodes live below the new root only if the whole path had been expanded or guessed;
         # expanded ones imply that their ancestors, the new root included, were expanded too.
-        survivors = [node for node in mirror.tree if node in state.slot_of]
+        # In the order of their slots, so that few are moved.
+        survivors = [node for node in state.slot_of if node.parent is not None]
         keep = [state.slot_of[node] for node in survivors]
         moved = state.cache.advance(path, keep)
         state.slot_of = {node: moved[state.slot_of[node]] for node in survivors}
@@ -122,34 +122,37 @@ class LanguageModelProposer:
         logits = self._model.forward(rows)
         places = [(growth.mirror.spec, node) for growth in growths for _, node in growth.nodes]
         if places:
-            tokens, _, logprobs = rank_candidates(
-                logits,
-                [spec.sampling for spec, _ in places],
-                [spec.seed for spec, _ in places],
-                # A node at index i of the sequence is followed by the token at index i + 1.
-                [node.position + 1 for _, node in places],
-                self._width,
+            guesses = iter(
+                ranked_guesses(
+                    logits,
+                    [spec.sampling for spec, _ in places],
+                    [spec.seed for spec, _ in places],
+                    # A node at index i of the sequence is followed by the token at index i + 1.
+                    [node.position + 1 for _, node in places],
+                    self._width,
+                )
             )
-            guesses = zip(tokens.tolist(), logprobs.tolist(), strict=True)
             for growth in growths:
                 self._attach(growth, guesses)
         return True
 
-    def _attach(self, growth: _Growth, guesses: Iterator[tuple[list[int], list[float]]]) -> None:
+    def _attach(self, growth: _Growth, guesses: Iterator[Guesses]) -> None:
         """Give the nodes their children; consumes one guess for each."""
         mirror = growth.mirror
         state = self._states[mirror.key]
         width = mirror.budget.width_max
         for path_logprob, node in growth.nodes:
-            for token, logprob in islice(zip(*next(guesses), strict=True), width):
-                if logprob <= ACCEPT_LOGPROB_FLOOR:
-                    break  # the filters leave no more tokens
-                known = token in node.children
-                child = mirror.attach(node, token, logprob)
-                if known:
-                    state.frontier = None  # its claim may have risen
-                elif child is not None and state.frontier is not None:
-                    state.frontier.add(child, path_logprob + child.accept_logprob)
+            wanted = next(guesses)[:width]
+            if node.children:
+                for token, logprob in wanted:
+                    mirror.attach(node, token, logprob)
+                state.frontier = None  # claims may have risen
+                continue
+            children = mirror.expand(node, wanted)
+            if state.frontier is not None:
+                above = path_logprob - node.path_logprob
+                for child in children:
+                    state.frontier.add(child, above + child.path_logprob)
 
     def _plan(self, mirrors: Sequence[Mirror]) -> tuple[list[Row], list[_Growth]]:
         rows: list[Row] = []

@@ -45,6 +45,11 @@ class Inbox(Generic[T]):
             self._items.clear()
             return items
 
+    @property
+    def waiting(self) -> int:
+        """Items in the queue."""
+        return len(self._items)
+
     def close(self) -> None:
         """Refuse further items and wake the thread."""
         with self._changed:

@@ -134,20 +134,6 @@ async def test_a_timeline_can_be_read_back(tmp_path: Path) -> None:
     assert any(mark.name == "miss" or mark.name.startswith("hit") for mark in timeline.marks)
 
 
-async def test_starts_wait_for_drafts_if_told_to_and_output_is_the_same() -> None:
-    config = EngineConfig(warm_up=False, wait_for_drafts=True)
-    draft = "synthetic:draft?seed=3&step=1:0.5&agree=0.75"
-    async with pipeline(draft, engine=config) as run:
-        found = await run.fleet.client.complete(request(400, trace=True))
-        plain = await alone(run, 400)
-    assert found.token_ids == plain.token_ids
-    events = json.loads(found.finished.trace)["traceEvents"]
-    waits = [event for event in events if event["name"] == "wait for drafts"]
-    assert waits, "no start was delayed"
-    assert all("promised" in wait["args"]["why"] for wait in waits)
-    assert found.finished.speculation.accepted_draft_tokens > 100
-
-
 async def test_useless_drafters_are_unbound_and_tried_again() -> None:
     async with pipeline() as run:
         run.draft_model.agreement = HOPELESS

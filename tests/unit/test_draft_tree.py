@@ -141,6 +141,29 @@ def test_two_sources_unite_and_the_more_confident_counts() -> None:
     assert at(tree, 5).accept_logprob == -0.75
 
 
+def test_paths_of_a_drafters_tree_follow_its_claims() -> None:
+    tree = new_tree()
+    five = tree.add(tree.root, 5, -1.0, 1)
+    assert five is not None
+    six, seven = tree.sprout(five, ((6, -0.5), (7, -2.0)), 1)
+    (eight,) = tree.sprout(six, ((8, -0.25),), 1)
+    assert (tree.size, eight.path_logprob, seven.path_logprob) == (4, -1.75, -3.0)
+    # A claim that rises lifts all that lies below it; one that would fall changes nothing.
+    assert tree.add(five, 6, -0.125, 1) is six
+    assert tree.add(five, 7, -9.0, 1) is seven
+    assert (eight.path_logprob, seven.path_logprob) == (-1.375, -3.0)
+    # They stay comparable after a commit.
+    tree.advance([5])
+    assert eight.path_logprob - tree.root.path_logprob == -0.375
+
+
+def test_nothing_sprouts_below_the_greatest_depth() -> None:
+    tree = new_tree(depth_max=1)
+    (five,) = tree.sprout(tree.root, ((5, -1.0),), 1)
+    assert tree.sprout(five, ((6, -1.0),), 1) == []
+    assert tree.size == 1
+
+
 def test_estimates_are_kept_within_bounds() -> None:
     tree = new_tree()
     tree.merge(draft((5, -1, 5e-5), (6, -1, -1e300)), [], 1)

@@ -171,6 +171,16 @@ def test_the_budget_holds() -> None:
     assert (mirror.tree.size, mirror.room) == (1, 0)
 
 
+def test_several_guesses_at_once_keep_to_budget_and_vocabulary() -> None:
+    mirror = new_mirror(nodes_max=3)
+    first = mirror.expand(mirror.tree.root, [(4, -0.5), (50, -0.1), (5, -0.5)])
+    assert [node.token for node in first] == [4, 5]
+    assert [node.token for node in mirror.expand(first[0], [(6, -0.5), (7, -0.5)])] == [6]
+    assert mirror.expand(first[1], [(6, -0.5)]) == []
+    assert mirror.room == 0
+    assert drafted(mirror).tokens == (4, 5, 6)
+
+
 @pytest.mark.parametrize("token", [-1, 50])
 def test_ids_outside_the_vocabulary_are_not_guessed(token: int) -> None:
     mirror = new_mirror()

@@ -78,7 +78,7 @@ def test_small_changes_are_not_sent() -> None:
 
 def test_speedup_counts_what_guesses_cost() -> None:
     found = VerifierPace()
-    found.observe(StepReport(0.03, 1, 20, plain_s=0.02, waited_s=0.01))
+    found.observe(StepReport(0.04, 1, 20, plain_s=0.02))
     assert found.speedup(2.0) == pytest.approx(1.0)
     # Steps of prefill alone say nothing.
     found.observe(StepReport(9.0, 0, 256, plain_s=9.0))

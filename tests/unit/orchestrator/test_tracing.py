@@ -29,14 +29,11 @@ def commit(trace: SessionTrace, now_s: float, step: StepReport | None, *sources:
 
 def test_a_step_lies_where_its_clock_says() -> None:
     trace = SessionTrace(1_000.0)
-    step = StepReport(0.02, 1, 5, waited_s=0.005, wait_gain=0.7, started_s=0.1)
+    step = StepReport(0.02, 1, 5, started_s=0.1)
     commit(trace, 1_000.125, step, 3, 0)
     (span,) = named(trace, "verify step")
     assert (span["ts"], span["dur"]) == (100_000, 20_000)
     assert (span["args"]["committed"], span["args"]["guessed"]) == (2, 1)
-    (wait,) = named(trace, "wait for drafts")
-    assert (wait["ts"], wait["dur"]) == (95_000, 5_000)
-    assert "0.70" in wait["args"]["why"]
     (flight,) = named(trace, "commit")
     assert (flight["ts"], flight["dur"]) == (120_000, 5_000)
     (hit,) = named(trace, "hit 1")
@@ -47,7 +44,6 @@ def test_a_commit_of_the_target_alone_is_a_miss() -> None:
     trace = SessionTrace(0.0)
     commit(trace, 1.0, StepReport(0.02, 1, 1, started_s=0.5), 0)
     assert len(named(trace, "miss")) == 1
-    assert not named(trace, "wait for drafts")
     # A repeat has no step of its own.
     commit(trace, 1.1, None, 0)
     assert len(named(trace, "verify step")) == 1

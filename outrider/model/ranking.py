@@ -1,0 +1,63 @@
+"""A drafter's best guesses at each node of a step, as plain numbers.
+
+Greedy rows, the usual ones of a fast draft model, are ranked here: a few operations over the
+vocabulary, and everything that concerns single rows in Python. What is out of the ordinary, equal
+logits, logits that are no numbers, and sampled rows, is left to `sampling.rank_candidates`, whose
+results these are in any case.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import TypeAlias
+
+from torch import Tensor
+
+from outrider.domain import SamplingParams
+from outrider.model.sampling import ACCEPT_LOGPROB_FLOOR, rank_candidates
+
+Guesses: TypeAlias = list[tuple[int, float]]
+"""(token, estimated log-probability of acceptance), best first."""
+
+
+def ranked_guesses(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    count: int,
+) -> list[Guesses]:
+    """Return up to `count` guesses at each of N nodes; see `sampling.rank_candidates`.
+
+    Fewer where the filters leave no more tokens.
+    """
+    if all(param.greedy for param in params):
+        ranked = _rank_distinct(logits, count)
+        if ranked is not None:
+            return ranked
+    tokens, _, logprobs = rank_candidates(logits, params, seeds, positions, count)
+    return [
+        [pair for pair in zip(*row, strict=True) if pair[1] > ACCEPT_LOGPROB_FLOOR]
+        for row in zip(tokens.tolist(), logprobs.tolist(), strict=True)
+    ]
+
+
+def _rank_distinct(logits: Tensor, count: int) -> list[Guesses] | None:
+    """Rank greedy rows, or return None if it takes more to do so."""
+    logits = logits.detach().float()
+    # One more than asked for: `topk` does not say which of equals it takes.
+    best, ids = logits.topk(min(count + 1, logits.shape[1]), dim=-1)
+    masses = (logits - best[:, :1]).exp_().sum(dim=-1).tolist()
+    if not math.isfinite(sum(masses)):
+        return None  # some logit is no number, or a row has none
+    ranked: list[Guesses] = []
+    for values, tokens, mass in zip(best.tolist(), ids.tolist(), masses, strict=True):
+        if len(set(values)) < len(values):
+            return None
+        above = values[0] + math.log(mass)
+        row = zip(tokens[:count], values, strict=False)
+        ranked.append(
+            [(t, value - above) for t, value in row if value - above > ACCEPT_LOGPROB_FLOOR]
+        )
+    return ranked
