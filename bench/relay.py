@@ -7,7 +7,9 @@ The orchestrator is a process of its own with one core to itself where the machi
 verifiers, two drafters and the clients share the others and may be what limits the throughput,
 so the measure is the orchestrator's processor time for an output token. Added latency is from
 the moment a verifier hands a message to gRPC to the moment a client has read the token, so it
-includes both of their sockets and whatever they wait for a core.
+includes both of their sockets and whatever they wait for a core. How much of it is theirs is
+measured at the same time: a stream that goes from the workers' process to the clients' without an
+orchestrator in between, through the same event loops and under the same load (`generator`).
 
 Paced: commits come at a stated total rate whatever the orchestrator does, each message at a
 random time within its slot. Flood: verifiers send as fast as flow control lets them; what piles
@@ -54,16 +56,18 @@ _ARRIVAL_S = 1.0
 _PROFILE_LINES = 40
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True)
 class Options:
     """How to measure."""
 
-    load: float
-    rows: int
-    channels: int
-    window_s: float
-    profile: bool
-    flood: bool
+    load: float = 10_000.0
+    """Output tokens a second in paced windows."""
+    rows: int = 8
+    """Commits in a verifier's message."""
+    channels: int = 8
+    window_s: float = 8.0
+    profile: bool = False
+    flood: bool = True
 
 
 @click.command()
@@ -73,7 +77,7 @@ class Options:
 @click.option(
     "--load",
     type=click.FloatRange(min=1),
-    default=10_000.0,
+    default=Options.load,
     show_default=True,
     help="Output tokens a second in paced windows, with drafts half of it. Half of the goal"
     " for a core.",
@@ -81,13 +85,17 @@ class Options:
 @click.option(
     "--rows",
     type=click.IntRange(min=1),
-    default=8,
+    default=Options.rows,
     show_default=True,
     help="Commits in a verifier's message.",
 )
-@click.option("--channels", type=click.IntRange(min=1), default=8, show_default=True)
+@click.option("--channels", type=click.IntRange(min=1), default=Options.channels, show_default=True)
 @click.option(
-    "--window", "window_s", type=click.FloatRange(min=0.5), default=8.0, show_default=True
+    "--window",
+    "window_s",
+    type=click.FloatRange(min=0.5),
+    default=Options.window_s,
+    show_default=True,
 )
 @click.option("--repeats", type=click.IntRange(min=1), default=1, show_default=True)
 @click.option("--drafts/--no-drafts", default=True, show_default=True)
@@ -113,13 +121,17 @@ def main(
             for sessions in counts:
                 console.print(f"{sessions:,} sessions, {'with' if drafting else 'no'} drafts")
                 with tempfile.TemporaryDirectory() as folder:
-                    results += _measure(sessions, drafting, options, Path(folder), console)
+                    results += measure(sessions, drafting, options, Path(folder), console)
     _report(results, options)
 
 
-def _measure(
+def measure(
     sessions: int, drafts: bool, options: Options, folder: Path, console: Console
 ) -> list[Row]:
+    """Measure a fleet of its own under the paced load, and in a flood if the options say so.
+
+    Raises RuntimeError if output is lost or a process ends.
+    """
     profile = folder / "orchestrator.prof" if options.profile else None
     with relay_fleet(sessions, rows=options.rows, channels=options.channels, profile=profile) as (
         workers,
@@ -167,13 +179,15 @@ class _Bench:
         memory_mib = self.orchestrator.memory_info().rss / 2**20
         self._settle()
         sent_path, read_path = self.folder / "sent.npy", self.folder / "read.npy"
+        own_path = self.folder / "own.npy"
         said = self.workers.ask("dump", path=str(sent_path))
-        heard = self.clients.ask("dump", path=str(read_path))
+        heard = self.clients.ask("dump", path=str(read_path), own_path=str(own_path))
         if said["tokens"] != heard["tokens"] or heard["garbled"]:
             raise RuntimeError(f"output is not what was committed: {said} {heard}")
         sent, read = np.load(sent_path), np.load(read_path)
         in_window = (read[:, 3] >= begin.at_ns) & (read[:, 3] < end.at_ns)
         p50, p99, p999 = quantiles_ms(added_ns(sent, read))
+        own_p50, own_p99, _ = quantiles_ms(np.load(own_path))
         return Row(
             sessions=self.sessions,
             drafts=self.drafts,
@@ -190,6 +204,8 @@ class _Bench:
             added_p50_ms=p50,
             added_p99_ms=p99,
             added_p999_ms=p999,
+            own_p50_ms=own_p50,
+            own_p99_ms=own_p99,
         )
 
     def _settle(self) -> None:
@@ -215,6 +231,7 @@ def _report(rows: Sequence[Row], options: Options) -> None:
         f" with drafts: {DRAFTERS} drafters, each answers every commit with a draft of 8 nodes",
         f"byte-level tokenizer; clients read ids and text over {options.channels} connections",
         f"{os.cpu_count()} cores: the orchestrator has one, workers and clients share the others",
+        "generator: latency of a stream between the same two processes without an orchestrator",
         f"uvloop is {'used' if find_spec('uvloop') else 'not installed'}",
         f"Python {platform.python_version()}, grpcio {version('grpcio')},"
         f" outrider {outrider.__version__}, {platform.machine()} {platform.system()}",

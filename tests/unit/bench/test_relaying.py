@@ -25,6 +25,8 @@ ROW = Row(
     added_p50_ms=0.5,
     added_p99_ms=1.5,
     added_p999_ms=3.0,
+    own_p50_ms=0.25,
+    own_p99_ms=0.75,
 )
 
 
@@ -53,15 +55,19 @@ def test_flatness_is_the_dearest_over_the_cheapest_token() -> None:
 def test_the_result_line_names_the_worst_and_keeps_loads_apart() -> None:
     rows = [
         ROW,
-        replace(ROW, sessions=1_000, cpu_s=1.25, added_p99_ms=1.75),
+        replace(ROW, sessions=1_000, cpu_s=1.25, added_p99_ms=1.75, own_p99_ms=0.8),
         replace(ROW, drafts=True, cpu_s=2.0, added_p99_ms=4.0),
         replace(ROW, flood=True, cpu_s=0.5, added_p99_ms=900.0),
     ]
     assert result_line(rows) == (
-        "result: orchestrator tokens_per_core=16000 added_p99_ms=1.75 flatness=1.25"
+        "result: orchestrator tokens_per_core=16000 added_p99_ms=1.75 flatness=1.25 generator_p99_ms=0.80"
         " drafts_tokens_per_core=10000 drafts_added_p99_ms=4.00 flood_tokens_per_core=40000"
     )
-    assert result_line(rows[:2]).endswith("flatness=1.25")
+    assert result_line(rows[:2]).endswith("flatness=1.25 generator_p99_ms=0.80")
+
+
+def test_the_result_line_has_its_keys_even_if_nothing_was_measured() -> None:
+    assert result_line([]) == "result: orchestrator tokens_per_core=na added_p99_ms=na flatness=na"
 
 
 def test_the_table_says_that_workers_are_synthetic() -> None:
