@@ -18,7 +18,7 @@ def test_a_rate_counts_whole_steps_of_each_session() -> None:
 
 
 def test_a_session_that_says_nothing_is_an_error() -> None:
-    with pytest.raises(Unavailable, match="a session had 1 deliveries within 1.0 s"):
+    with pytest.raises(Unavailable, match=r"a session had 1 deliveries within 1.0 s"):
         rate(Observed([[(0.1, 1), (0.2, 1)], [(0.5, 1), (1.5, 1)]], 0.0, 1.0))
 
 
