@@ -61,7 +61,8 @@ def test_the_result_line_names_the_worst_and_keeps_loads_apart() -> None:
     ]
     assert result_line(rows) == (
         "result: orchestrator tokens_per_core=16000 added_p99_ms=1.75 flatness=1.25"
-        " generator_p99_ms=0.80 drafts_tokens_per_core=10000 drafts_added_p99_ms=4.00 flood_tokens_per_core=40000"
+        " generator_p99_ms=0.80 drafts_tokens_per_core=10000 drafts_added_p99_ms=4.00"
+        " flood_tokens_per_core=40000"
     )
     assert result_line(rows[:2]).endswith("flatness=1.25 generator_p99_ms=0.80")
 
