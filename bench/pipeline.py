@@ -148,8 +148,12 @@ def _draw(console: Console, results: Results, folder: Path) -> None:
     except ModuleNotFoundError as error:
         console.print(f"no plots: {error.name} is not installed; it is in outrider\\[dev]")
         return
-    for path in draw(results, folder):
-        console.print(f"plot: {path}", soft_wrap=True)
+    try:
+        for path in draw(results, folder):
+            console.print(f"plot: {path}", soft_wrap=True)
+    except Exception as error:
+        # The figures are worth more than their pictures, and are still to be printed.
+        console.print(f"no plots: {type(error).__name__}: {error}", markup=False)
 
 
 if __name__ == "__main__":

@@ -95,6 +95,7 @@ class Row:
             "part": self.part,
             "step_ms": [[size, ms * stretch] for size, ms in setting.step_ms],
             "draft_ms": draft_ms,
+            "agreement": list(setting.agreement),
             "rtt_ms": self.rtt_ms,
             "nodes_max": NODES_MAX,
             "silent_drafters": setting.drafters if setting.silent else 0,

@@ -169,9 +169,11 @@ class _Bench:
         self.workers.ask("record")
         if self.options.profile and not flood:
             self.orchestrator.send_signal(signal.SIGUSR1)
+        generator_s = self._generator_cpu_s()
         begin = Usage.of(self.orchestrator)
         time.sleep(self.options.window_s)
         end = Usage.of(self.orchestrator)
+        generator_s = self._generator_cpu_s() - generator_s
         if self.options.profile and not flood:
             self.orchestrator.send_signal(signal.SIGUSR2)
         after = self.workers.ask("counts")
@@ -200,6 +202,7 @@ class _Bench:
             cpu_s=end.all_s - begin.all_s,
             cpu_main_s=end.main_s - begin.main_s,
             cpu_kernel_s=end.kernel_s - begin.kernel_s,
+            generator_cpu_s=generator_s,
             memory_mib=memory_mib,
             added_p50_ms=p50,
             added_p99_ms=p99,
@@ -207,6 +210,10 @@ class _Bench:
             own_p50_ms=own_p50,
             own_p99_ms=own_p99,
         )
+
+    def _generator_cpu_s(self) -> float:
+        times = [psutil.Process(one.pid).cpu_times() for one in (self.workers, self.clients)]
+        return sum(one.user + one.system for one in times)
 
     def _settle(self) -> None:
         """Wait until what was sent has arrived, or nothing arrives any more."""

@@ -36,6 +36,8 @@ class Row:
     """Of its main thread, which runs Python; the others are gRPC's."""
     cpu_kernel_s: float
     """Of all threads, within the kernel."""
+    generator_cpu_s: float
+    """Processor time of workers and clients, whose work for a token is always the same."""
     memory_mib: float
     added_p50_ms: float
     added_p99_ms: float
@@ -53,6 +55,11 @@ class Row:
     def token_us(self) -> float:
         """Processor time of the orchestrator for an output token, in microseconds."""
         return 1e6 * self.cpu_s / self.tokens
+
+    @property
+    def relative(self) -> float:
+        """Processor time over that of workers and clients: survives a change of machine speed."""
+        return self.cpu_s / self.generator_cpu_s
 
     @property
     def busy(self) -> float:
@@ -133,6 +140,7 @@ COLUMNS = (
     "core busy",
     "tokens/s per core",
     "µs a token",
+    "of generator's",
     "main thread",
     "kernel",
     "tokens a message",
@@ -155,6 +163,7 @@ def cells(row: Row) -> tuple[str, ...]:
         f"{row.busy:.0%}",
         f"{row.tokens_per_core:,.0f}",
         f"{row.token_us:.1f}",
+        f"{row.relative:.2f}",
         f"{row.cpu_main_s / row.cpu_s:.0%}",
         f"{row.cpu_kernel_s / row.cpu_s:.0%}",
         f"{row.joined:.2f}",

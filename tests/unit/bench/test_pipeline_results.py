@@ -73,8 +73,11 @@ def test_a_record_is_plain_carries_the_planners_keys_and_its_label() -> None:
     assert record["draft_ms"] == 2.5
     assert record["nodes_max"] == 32
     assert record["stated"]["step_ms"][0] == [1, 22.0]
-    figures = measured_row("a row", record)
-    assert figures.scenario.step[0] == (1, pytest.approx(0.0264))
+    # As it is, and as it is read from the file.
+    for read in (measured.planner_row(), record):
+        figures = measured_row("a row", read)
+        assert figures.scenario.step[0] == (1, pytest.approx(0.0264))
+        assert figures.scenario.agreement == (0.8, 0.1, 0.05)
 
 
 def test_a_silent_drafter_is_one_for_the_planner_too() -> None:

@@ -21,6 +21,7 @@ ROW = Row(
     cpu_s=1.0,
     cpu_main_s=0.7,
     cpu_kernel_s=0.2,
+    generator_cpu_s=0.8,
     memory_mib=100.0,
     added_p50_ms=0.5,
     added_p99_ms=1.5,
@@ -75,4 +76,4 @@ def test_the_table_says_that_workers_are_synthetic() -> None:
     text = markdown([ROW], ["a note"])
     assert "synthetic" in text
     assert "- a note" in text
-    assert "| 10 | no | paced | 10,000 | 50% | 20,000 | 50.0 | 70% | 20% | 2.00 |" in text
+    assert "| 10 | no | paced | 10,000 | 50% | 20,000 | 50.0 | 1.25 | 70% | 20% | 2.00 |" in text
