@@ -28,7 +28,7 @@ _CALCULATING_S = 1.25e-3
 _REAL_START_S = 45.0
 _REAL_TOKENS_PER_S = (30.0, 60.0)
 """Of the default models on two cores, target only and speculated."""
-_STREAMS_START_S = 10.0
+_STREAMS_START_S = 12.0
 _STREAMS_PER_S = 700.0
 """Opened by the part `orchestrator`."""
 

@@ -11,9 +11,10 @@ includes both of their sockets and whatever they wait for a core. How much of it
 measured at the same time: a stream that goes from the workers' process to the clients' without an
 orchestrator in between, through the same event loops and under the same load (`generator`).
 
-Paced: commits come at a stated total rate whatever the orchestrator does, each message at a
-random time within its slot. Flood: verifiers send as fast as flow control lets them; what piles
-up for a client is joined, which makes tokens cheaper.
+Paced: commits come at a total rate, half of what a core can do unless another is asked for,
+whatever the orchestrator does, each message at a random time within its slot. Flood: verifiers
+send as fast as flow control lets them; what piles up for a client is joined, which makes tokens
+cheaper.
 """
 
 from __future__ import annotations
@@ -54,14 +55,18 @@ _SETTLE_S = 1.5
 _ARRIVAL_S = 1.0
 """What the last commits of a window get to arrive; a flood leaves queues."""
 _PROFILE_LINES = 40
+_LIGHT_LOAD = 3_000.0
+"""Output tokens a second from which half of a core's load is worked out, in so many seconds."""
+_TRIED_S = 1.5
 
 
 @dataclass(frozen=True)
 class Options:
     """How to measure."""
 
-    load: float = 10_000.0
-    """Output tokens a second in paced windows."""
+    load: float | None = None
+    """Output tokens a second in paced windows; None: half of what the orchestrator's core can do
+    with as many sessions."""
     rows: int = 8
     """Commits in a verifier's message."""
     channels: int = 8
@@ -77,10 +82,7 @@ class Options:
 @click.option(
     "--load",
     type=click.FloatRange(min=1),
-    default=Options.load,
-    show_default=True,
-    help="Output tokens a second in paced windows, with drafts half of it. Half of the goal"
-    " for a core.",
+    help="Output tokens a second in paced windows.  [default: half of what a core can do]",
 )
 @click.option(
     "--rows",
@@ -105,7 +107,7 @@ def main(
     counts: Sequence[int],
     repeats: int,
     drafts: bool,
-    load: float,
+    load: float | None,
     rows: int,
     channels: int,
     window_s: float,
@@ -139,9 +141,8 @@ def measure(
         orchestrator,
     ):
         clients.ask("open", sessions=sessions, speculation=drafts)
-        # Drafts are messages too, about as many as commits.
-        workers.ask("pace", tokens_per_s=options.load / (2 if drafts else 1))
         bench = _Bench(sessions, drafts, options, folder, workers, clients, orchestrator)
+        workers.ask("pace", tokens_per_s=options.load or bench.half_load())
         rows = [bench.window(flood=False)]
         if profile is not None:
             _print_profile(profile, console)
@@ -160,6 +161,16 @@ class _Bench:
     workers: Child
     clients: Child
     orchestrator: psutil.Process
+
+    def half_load(self) -> float:
+        """Return half of the output tokens a second that one core can relay, from a light load."""
+        self.workers.ask("pace", tokens_per_s=_LIGHT_LOAD)
+        time.sleep(_SETTLE_S)
+        tokens, begin = self.clients.ask("total")["tokens"], Usage.of(self.orchestrator)
+        time.sleep(_TRIED_S)
+        tokens, end = self.clients.ask("total")["tokens"] - tokens, Usage.of(self.orchestrator)
+        # Messages that share a wake-up are cheaper, so it is somewhat less than half.
+        return 0.5 * tokens / (end.all_s - begin.all_s)
 
     def window(self, *, flood: bool) -> Row:
         """Measure under the load that is on, then take it off. Raises RuntimeError for losses."""
