@@ -166,10 +166,11 @@ class _Bench:
         """Return half of the output tokens a second that one core can relay, from a light load."""
         self.workers.ask("pace", tokens_per_s=_LIGHT_LOAD)
         time.sleep(_SETTLE_S)
-        tokens, begin = self.clients.ask("total")["tokens"], Usage.of(self.orchestrator)
+        before, begin = self.clients.ask("total"), Usage.of(self.orchestrator)
         time.sleep(_TRIED_S)
-        tokens, end = self.clients.ask("total")["tokens"] - tokens, Usage.of(self.orchestrator)
+        after, end = self.clients.ask("total"), Usage.of(self.orchestrator)
         # Messages that share a wake-up are cheaper, so it is somewhat less than half.
+        tokens = int(after["tokens"]) - int(before["tokens"])
         return 0.5 * tokens / (end.all_s - begin.all_s)
 
     def window(self, *, flood: bool) -> Row:
@@ -224,7 +225,7 @@ class _Bench:
 
     def _generator_cpu_s(self) -> float:
         times = [psutil.Process(one.pid).cpu_times() for one in (self.workers, self.clients)]
-        return sum(one.user + one.system for one in times)
+        return float(sum(one.user + one.system for one in times))
 
     def _settle(self) -> None:
         """Wait until what was sent has arrived, or nothing arrives any more."""
