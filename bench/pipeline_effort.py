@@ -39,14 +39,14 @@ class Effort:
 
     A step of one session commits 3.8 tokens, more or less 2.5, so a window of 8 s has a standard
     deviation of 3.7% (simulated), and the median of three of 2.5%. Without guesses all steps are
-    alike, and two seconds say as much; such a run stands before and after each speculated one.
+    alike, and a second and a half say as much; such a run stands before and after each speculated one.
     """
 
     repeats: int = 3
     window_s: float = 8.0
     skipped_s: float = 1.5
     """Before a window: budgets and calibration find their level."""
-    plain_window_s: float = 2.0
+    plain_window_s: float = 1.6
     """Of target-only runs."""
     plain_skipped_s: float = 0.5
     round_trips_ms: tuple[float, ...] = (0.5, 2.0, 5.0, 10.0, 20.0, 50.0)
@@ -61,10 +61,12 @@ class Effort:
     prompts: int = 22
     """Of the part with real models."""
     prompt_repeats: int = 2
-    prompt_tokens: int = 96
+    prompt_tokens: int = 80
     streams: tuple[int, ...] = (10, 1_000, 10_000)
     """Of the part `orchestrator`."""
-    streams_window_s: float = 6.0
+    streams_window_s: float = 5.0
+    streams_repeats: int = 2
+    """Without drafts; with them, once."""
 
     @property
     def recoveries(self) -> int:
@@ -96,6 +98,7 @@ QUICK = Effort(
     prompt_tokens=32,
     streams=(10, 1_000),
     streams_window_s=1.0,
+    streams_repeats=1,
 )
 """Little of everything, to see that it runs."""
 
@@ -122,8 +125,9 @@ def seconds_of(part: str, effort: Effort) -> float:
             prompt_s = effort.prompt_repeats * (plain_s + speculated_s) + speculated_s
             return _REAL_START_S + effort.prompts * prompt_s
         case "orchestrator":
-            fleets = [2 * (count / _STREAMS_PER_S + _STREAMS_START_S) for count in effort.streams]
-            return sum(fleets) + 2 * len(effort.streams) * effort.streams_window_s
+            once_s = effort.streams_window_s + _STREAMS_START_S
+            all_s = sum(once_s + count / _STREAMS_PER_S for count in effort.streams)
+            return (effort.streams_repeats + 1) * all_s
         case _:
             raise ValueError(f"no such part: {part}")
 

@@ -276,7 +276,8 @@ class Bench:
     def _orchestrator(self) -> None:
         """The orchestrator alone, without and with drafts."""
         options = relay.Options(window_s=self._effort.streams_window_s, flood=False)
-        for drafting in (False, True):
+        # Twice, in turn: what the machine does meanwhile must not look like the streams' doing.
+        for drafting in (False,) * self._effort.streams_repeats + (True,):
             for streams in self._effort.streams:
                 name = f"{streams:,} streams, {'with' if drafting else 'no'} drafts"
                 with self._surviving(name), tempfile.TemporaryDirectory() as folder:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -102,9 +103,20 @@ def quantiles_ms(latencies_ns: npt.NDArray[np.int64]) -> tuple[float, float, flo
 
 
 def flatness(rows: Sequence[Row]) -> float:
-    """Highest over lowest cost of a token; 1 is flat. Raises ValueError without rows."""
-    costs = [row.token_us for row in rows]
+    """Highest over lowest cost of a token between numbers of sessions; 1 is flat.
+
+    Of repeated windows the median counts. Raises ValueError without rows.
+    """
+    costs = _medians(rows, lambda row: row.token_us)
     return max(costs) / min(costs)
+
+
+def _medians(rows: Sequence[Row], figure: Callable[[Row], float]) -> list[float]:
+    """Median over the repeats of each number of sessions."""
+    counts = sorted({row.sessions for row in rows})
+    return [
+        statistics.median(figure(row) for row in rows if row.sessions == count) for count in counts
+    ]
 
 
 def result_line(rows: Sequence[Row]) -> str:
@@ -117,19 +129,26 @@ def result_line(rows: Sequence[Row]) -> str:
     flooded = [row for row in rows if row.flood and not row.drafts]
     figures = dict.fromkeys(("tokens_per_core", "added_p99_ms", "flatness"), "na")
     if paced:
-        slowest = max(paced, key=lambda row: row.added_p99_ms)
         figures = {
-            "tokens_per_core": f"{min(row.tokens_per_core for row in paced):.0f}",
-            "added_p99_ms": f"{slowest.added_p99_ms:.2f}",
+            "tokens_per_core": f"{min(_medians(paced, _per_core)):.0f}",
+            "added_p99_ms": f"{max(_medians(paced, _p99)):.2f}",
             "flatness": f"{flatness(paced):.2f}",
-            "generator_p99_ms": f"{slowest.own_p99_ms:.2f}",
+            "generator_p99_ms": f"{max(_medians(paced, lambda row: row.own_p99_ms)):.2f}",
         }
     if drafted:
-        figures["drafts_tokens_per_core"] = f"{min(r.tokens_per_core for r in drafted):.0f}"
-        figures["drafts_added_p99_ms"] = f"{max(row.added_p99_ms for row in drafted):.2f}"
+        figures["drafts_tokens_per_core"] = f"{min(_medians(drafted, _per_core)):.0f}"
+        figures["drafts_added_p99_ms"] = f"{max(_medians(drafted, _p99)):.2f}"
     if flooded:
-        figures["flood_tokens_per_core"] = f"{min(r.tokens_per_core for r in flooded):.0f}"
+        figures["flood_tokens_per_core"] = f"{min(_medians(flooded, _per_core)):.0f}"
     return "result: orchestrator " + " ".join(f"{key}={text}" for key, text in figures.items())
+
+
+def _per_core(row: Row) -> float:
+    return row.tokens_per_core
+
+
+def _p99(row: Row) -> float:
+    return row.added_p99_ms
 
 
 COLUMNS = (

@@ -26,6 +26,7 @@ TINY = Effort(
     phase_s=1.5,
     streams=(4,),
     streams_window_s=0.5,
+    streams_repeats=1,
 )
 
 

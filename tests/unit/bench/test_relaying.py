@@ -50,7 +50,11 @@ def test_figures_follow_from_what_was_counted() -> None:
 
 
 def test_flatness_is_the_dearest_over_the_cheapest_token() -> None:
-    assert flatness([ROW, replace(ROW, cpu_s=1.5), replace(ROW, cpu_s=0.75)]) == 2.0
+    costs = {10: 1.0, 1_000: 1.5, 10_000: 0.75}
+    rows = [replace(ROW, sessions=count, cpu_s=cpu_s) for count, cpu_s in costs.items()]
+    assert flatness(rows) == 2.0
+    # A window that the machine has spoilt does not count if there are others.
+    assert flatness([*rows, *rows, *(replace(row, cpu_s=9.0) for row in rows)]) == 2.0
 
 
 def test_the_result_line_names_the_worst_and_keeps_loads_apart() -> None:
