@@ -39,7 +39,7 @@ class Effort:
 
     A step of one session commits 3.8 tokens, more or less 2.5, so a window of 8 s has a standard
     deviation of 3.7% (simulated), and the median of three of 2.5%. Without guesses all steps are
-    alike, and a second and a half say as much; such a run stands before and after each speculated one.
+    alike, and a second and a half say as much; such a run stands before and after each other one.
     """
 
     repeats: int = 3
