@@ -113,7 +113,8 @@ def seconds_of(part: str, effort: Effort) -> float:
         case "floor":
             return 2 * (_START_S + _row_s(effort))
         case "fleet":
-            return _START_S + sum(_fleet_row_s(effort, count) for count in effort.sessions)
+            rows = [_fleet_row_s(effort, count) for count in effort.sessions]
+            return 2 * _START_S + _ROUND_TRIP_S + sum(rows)
         case "recover":
             script_s = 6 * effort.phase_s + effort.skipped_s + _OPENING_S
             return _START_S + _ROUND_TRIP_S + effort.recoveries * (script_s + _plain_s(effort))
