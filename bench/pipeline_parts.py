@@ -2,127 +2,233 @@
 
 from __future__ import annotations
 
+import contextlib
 import statistics
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
-from bench.pipeline_results import ROUND_TRIPS_MS, Disturbance, Recovery, Results, Row
+from rich.console import Console
+
+from bench import relay
+from bench.pipeline_effort import Effort
+from bench.pipeline_readings import Steps, rate, read_recovery, read_steps
+from bench.pipeline_real import measure_real
+from bench.pipeline_results import Disturbance, Results, Row
 from bench.pipeline_setting import HOPELESS, POOR, Setting, expected
+from bench.speculation import load_prompts
 from bench.streams import Load, Observed, observe
 from bench.synthetic_fleet import SyntheticFleet
-from bench.timelines import (
-    busy_share,
-    rate_between,
-    rate_curve,
-    settled_s,
-    spread,
-    step_gaps_s,
-)
+from bench.timelines import spread, step_gaps_s
+from orchestrator.planner.measured import measured_row, predict
 
-PARTS = ("rtt", "draft", "floor", "fleet", "recover", "drafters", "real")
 DRAFT_RTT_MS = 2.0
 FAR_RTT_MS = 50.0
 DIRECT_MS = 0.5
 """Round trips up to this are those of services connected directly: a proxy costs as much."""
-SESSIONS = (1, 2, 4, 8, 16, 32, 64)
-
-_TARGET_SHARE = 0.98
-_FULL_SHARE = 0.95
-_WINDOW_S = 0.5
-_STRIDE_S = 0.05
 
 
-@dataclass(frozen=True)
-class Effort:
-    """How long everything is measured."""
+@dataclass(frozen=True, slots=True)
+class Models:
+    """Of the part with real ones."""
 
-    repeats: int = 3
-    window_s: float = 8.0
-    skipped_s: float = 1.5
-    simulated_steps: int = 4_000
-    round_trips_ms: tuple[float, ...] = ROUND_TRIPS_MS
-    sessions: tuple[int, ...] = SESSIONS
-    phase_s: float = 5.0
-    """Of constant acceptance, in the part that changes it."""
-    fleet_slowed: float = 5.0
-    """The fleet of the part with many sessions has all its times so much longer: one machine has
-    to run what would be thirteen."""
-
-
-QUICK = Effort(1, 2.0, 1.0, 500, (0.5, 20.0), (1, 16), 3.0, 5.0)
+    model: str
+    draft_model: str | None
+    cache_dir: Path
 
 
 class Bench:
-    """Measures parts into `results`; says what it is at and what came out."""
+    """Measures one part into `results`; a scenario that fails leaves its reason in `errors`."""
 
     def __init__(
-        self, effort: Effort, advance: Callable[[str], None], report: Callable[[str], None]
+        self,
+        part: str,
+        effort: Effort,
+        models: Models,
+        results: Results,
+        report: Callable[[str], None],
+        console: Console,
     ) -> None:
-        """`advance` hears what is measured now, `report` what has been."""
-        self.results = Results()
+        """`report` hears what has been measured, after it is in the results."""
+        self.errors: list[str] = []
+        self._part = part
+        self._results = results
         self._effort = effort
-        self._advance = advance
+        self._models = models
         self._report = report
+        self._console = console
 
-    def rtt(self) -> None:
+    def run(self) -> None:
+        """Measure all of the part."""
+        parts: dict[str, Callable[[], None]] = {
+            "rtt": self._rtt,
+            "draft": self._draft,
+            "floor": self._floor,
+            "fleet": self._fleet,
+            "recover": self._recover,
+            "drafters": self._drafters,
+            "real": self._real,
+            "orchestrator": self._orchestrator,
+        }
+        with self._surviving(self._part):
+            parts[self._part]()
+
+    @contextlib.contextmanager
+    def _surviving(self, name: str) -> Iterator[None]:
+        """Take note of what goes wrong inside, and go on: the rest is worth having."""
+        try:
+            yield
+        except Exception as error:
+            self.errors.append(f"{name}: {type(error).__name__}: {error}")
+            self._report(f"{name} FAILED: {type(error).__name__}: {error}")
+
+    # --- one session ---
+
+    def _rtt(self) -> None:
         """One session at several round trips."""
         setting = Setting()
         near = [ms for ms in self._effort.round_trips_ms if ms <= DIRECT_MS]
         far = [ms for ms in self._effort.round_trips_ms if ms > DIRECT_MS]
         for links, round_trips_ms in ((False, near), (True, far)):
-            if round_trips_ms:
-                with SyntheticFleet(setting, links=links) as fleet:
-                    self._round_trips(fleet, "rtt", setting, round_trips_ms, "rtt {ms:g} ms")
+            if not round_trips_ms:
+                continue
+            with self._surviving("fleet"), SyntheticFleet(setting, links=links) as fleet:
+                for ms in round_trips_ms:
+                    self._at_round_trip(fleet, setting, ms, f"rtt {ms:g} ms")
 
-    def draft(self) -> None:
+    def _draft(self) -> None:
         """Slower drafters, and one that expands one leaf a step."""
-        for draft_ms in (4.0, 6.7, 8.2):
-            self._near("draft", Setting(draft_ms=draft_ms), f"draft step {draft_ms:g} ms")
-        self._near("draft", Setting(leaves=1), "one leaf")
+        for draft_ms in self._effort.draft_steps_ms:
+            setting = Setting(draft_ms=draft_ms)
+            self._one_row(setting, DRAFT_RTT_MS, f"draft step {draft_ms:g} ms")
+        self._one_row(Setting(leaves=1), DRAFT_RTT_MS, "one leaf")
 
-    def floor(self) -> None:
+    def _floor(self) -> None:
         """Drafters that are of no use."""
-        self._near("floor", Setting(silent=True), "silent drafter")
-        setting = Setting(agreement=POOR)
-        with SyntheticFleet(setting) as fleet:
-            self._round_trips(fleet, "floor", setting, (FAR_RTT_MS,), "poor at {ms:g} ms")
+        self._one_row(Setting(silent=True), DRAFT_RTT_MS, "silent drafter")
+        self._one_row(Setting(agreement=POOR), FAR_RTT_MS, f"poor at {FAR_RTT_MS:g} ms")
 
-    def fleet(self) -> None:
+    def _one_row(self, setting: Setting, rtt_ms: float, name: str) -> None:
+        with self._surviving(name), SyntheticFleet(setting) as fleet:
+            if setting.silent:
+                fleet.change(silent=True)
+            self._at_round_trip(fleet, setting, rtt_ms, name)
+
+    def _at_round_trip(self, fleet: SyntheticFleet, setting: Setting, ms: float, name: str) -> None:
+        with self._surviving(name):
+            rtt_s = fleet.set_round_trip(ms / 1_000)
+            self._measure(fleet, setting, name, ms, rtt_s, self._load(setting))
+
+    # --- many sessions ---
+
+    def _fleet(self) -> None:
         """Many sessions on four verifiers and eight drafters."""
-        base = Setting(verifiers=4, drafters=8).slowed(self._effort.fleet_slowed)
+        effort = self._effort
+        base = Setting(verifiers=4, drafters=8).slowed(effort.fleet_slowed)
         with SyntheticFleet(base) as fleet:
-            rtt_s = fleet.set_round_trip(DRAFT_RTT_MS / 1_000 * self._effort.fleet_slowed)
-            for sessions in self._effort.sessions:
-                setting = replace(base, sessions=sessions)
+            rtt_s = fleet.set_round_trip(DRAFT_RTT_MS / 1_000 * effort.fleet_slowed)
+            for sessions in effort.sessions:
                 name = f"{sessions} sessions"
-                # Slower steps take longer to say as much.
-                stretch = self._effort.fleet_slowed / max(1.0, sessions**0.5)
-                self._measure(fleet, "fleet", setting, name, None, rtt_s, stretch)
+                with self._surviving(name):
+                    setting = replace(base, sessions=sessions)
+                    window_s = effort.fleet_window_s(sessions)
+                    load = Load(sessions, True, 0, 2 * effort.skipped_s, window_s)
+                    self._measure(fleet, setting, name, None, rtt_s, load)
 
-    def recover(self) -> None:
+    def _measure(
+        self,
+        fleet: SyntheticFleet,
+        setting: Setting,
+        name: str,
+        rtt_nominal_ms: float | None,
+        rtt_s: float,
+        load: Load,
+    ) -> None:
+        """Target-only twice, then speculated and target-only in turn."""
+        plain = self._plain(setting, 2.0 if setting.verifiers > 1 else 1.0)
+        speculated, draft_ms = list[float](), list[float]()
+        steps: list[Steps] = []
+        target_only = [rate(observe(fleet.address, replace(plain, seed=seed))) for seed in (0, 0)]
+        for seed in range(self._effort.repeats):
+            fleet.reset_steps()
+            seen = observe(fleet.address, replace(load, seed=seed))
+            steps.append(read_steps(fleet.verify_steps(), seen, setting))
+            drafted = [pair for pair in fleet.draft_steps() if pair[0]]
+            if drafted:
+                busy_s, count = sum(busy for _, busy in drafted), sum(n for n, _ in drafted)
+                draft_ms.append(1_000 * busy_s / count)
+            speculated.append(rate(seen))
+            target_only.append(rate(observe(fleet.address, replace(plain, seed=seed))))
+        row = Row(
+            name=name,
+            part=self._part,
+            setting=setting,
+            rtt_nominal_ms=rtt_nominal_ms,
+            rtt_ms=1_000 * rtt_s,
+            target_only=tuple(target_only),
+            speculated=tuple(speculated),
+            expected=expected(setting, rtt_s, self._effort.simulated_steps),
+            occupancy=tuple(one.occupancy for one in steps),
+            tau=tuple(one.tau for one in steps),
+            step_stretch=tuple(one.stretch for one in steps),
+            draft_step_ms=tuple(draft_ms),
+        )
+        figures = measured_row(name, row.planner_row())
+        steps_simulated = max(500, self._effort.simulated_steps // 2)
+        planned = predict(figures, session_steps=steps_simulated).tokens_per_s
+        self._results.rows.append(replace(row, planned=planned))
+        self._report(
+            f"{name}: {row.rtt_ms:.2f} ms, {row.speedup:.2f} of target-only"
+            f" (±{row.spread:.1%}, A/A {row.noise:.3f}), {row.vs_simulation:.2f} of simulated,"
+            f" {row.tokens_per_s / planned:.2f} of planned"
+        )
+
+    def _load(self, setting: Setting) -> Load:
+        return Load(setting.sessions, True, 0, self._effort.skipped_s, self._effort.window_s)
+
+    def _plain(self, setting: Setting, stretch: float = 1.0) -> Load:
+        skipped_s = self._effort.plain_skipped_s * stretch
+        window_s = self._effort.plain_window_s * stretch
+        return Load(setting.sessions, False, 0, skipped_s, window_s)
+
+    # --- changes ---
+
+    def _recover(self) -> None:
         """Acceptance dropped, raised, dropped for twice as long, raised."""
         effort, setting = self._effort, Setting()
         phase_s = effort.phase_s
-        changes = ((1, HOPELESS), (2, setting.agreement), (3, HOPELESS), (5, setting.agreement))
         window_s = 6 * phase_s
         runs: list[Observed] = []
         target_only = []
+        unbound = [0, 0]
         with SyntheticFleet(setting) as fleet:
             fleet.set_round_trip(DRAFT_RTT_MS / 1_000)
-            for seed in range(effort.repeats):
-                self._advance(f"recovery, repeat {seed + 1}: target only")
-                plain = observe(fleet.address, self._load(setting, seed, False))
-                target_only.append(_rate(plain))
-                self._advance(f"recovery, repeat {seed + 1}")
-                load = replace(self._load(setting, seed, True), window_s=window_s)
-                script = [
-                    (at * phase_s, lambda shares=shares: fleet.change(agreement=shares))
-                    for at, shares in changes
-                ]
-                runs.append(observe(fleet.address, load, script))
-        self.results.recovery = _recovery(runs, statistics.median(target_only), window_s)
 
-    def drafters(self) -> None:
+            def drop() -> None:
+                fleet.change(agreement=HOPELESS)
+
+            def rise(number: int) -> None:
+                unbound[number] += not fleet.sessions_of_drafters()
+                fleet.change(agreement=setting.agreement)
+
+            script = [
+                (phase_s, drop),
+                (2 * phase_s, lambda: rise(0)),
+                (3 * phase_s, drop),
+                (5 * phase_s, lambda: rise(1)),
+            ]
+            for seed in range(effort.recoveries):
+                plain = replace(self._plain(setting), seed=seed)
+                target_only.append(rate(observe(fleet.address, plain)))
+                load = replace(self._load(setting), seed=seed, window_s=window_s)
+                runs.append(observe(fleet.address, load, script))
+                self._results.recovery = read_recovery(
+                    runs, statistics.median(target_only), window_s, unbound
+                )
+                self._report(f"recovery, repeat {seed + 1} of {effort.recoveries}")
+
+    def _drafters(self) -> None:
         """Drafters that are slow or late among others that are not."""
         setting = Setting(sessions=4, drafters=4)
         kinds: dict[str, Sequence[dict[str, object]]] = {
@@ -136,134 +242,45 @@ class Bench:
             fleet.set_round_trip(DRAFT_RTT_MS / 1_000)
             for seed in range(self._effort.repeats):
                 for kind, commands in kinds.items():
-                    self._advance(f"drafters, {kind}, repeat {seed + 1}")
                     fleet.change(slower=1.0, late_s=0.0)
                     for command in commands:
                         fleet.change(**command)
                     fleet.reset_steps()
-                    seen = observe(fleet.address, self._load(setting, seed, True))
-                    rates[kind].append(_rate(seen))
+                    seen = observe(fleet.address, replace(self._load(setting), seed=seed))
+                    rates[kind].append(rate(seen))
                     for steps in fleet.verify_steps():
                         gaps[kind] += step_gaps_s(steps, seen.begin_s, seen.end_s)
-        self.results.disturbances = [
-            Disturbance(kind, tuple(rates[kind]), spread(gaps[kind])) for kind in kinds
-        ]
+                self._results.disturbances = [
+                    Disturbance(kind, tuple(rates[kind]), spread(gaps[kind])) for kind in kinds
+                ]
+                self._report(f"slow and late drafters, repeat {seed + 1} of {self._effort.repeats}")
 
-    def _near(self, part: str, setting: Setting, name: str) -> None:
-        with SyntheticFleet(setting) as fleet:
-            if setting.silent:
-                fleet.change(silent=True)
-            self._round_trips(fleet, part, setting, (DRAFT_RTT_MS,), name)
+    # --- others' programs ---
 
-    def _round_trips(
-        self,
-        fleet: SyntheticFleet,
-        part: str,
-        setting: Setting,
-        round_trips_ms: Sequence[float],
-        name: str,
-    ) -> None:
-        for ms in round_trips_ms:
-            rtt_s = fleet.set_round_trip(ms / 1_000)
-            self._measure(fleet, part, setting, name.format(ms=ms), ms, rtt_s)
-
-    def _measure(
-        self,
-        fleet: SyntheticFleet,
-        part: str,
-        setting: Setting,
-        name: str,
-        rtt_nominal_ms: float | None,
-        rtt_s: float,
-        stretch: float = 1.0,
-    ) -> None:
-        """All contenders in turn, on the same prompts within a repeat."""
-        found: dict[str, list[float]] = {
-            key: [] for key in ("target_only", "speculated", "again", "occupancy", "tau")
-        }
-        for seed in range(self._effort.repeats):
-            for contender in ("target_only", "speculated", "again"):
-                self._advance(f"{name}, {contender.replace('_', ' ')}, repeat {seed + 1}")
-                speculation = contender == "speculated"
-                fleet.reset_steps()
-                seen = observe(fleet.address, self._load(setting, seed, speculation, stretch))
-                found[contender].append(_rate(seen))
-                if speculation:
-                    busy, tau = _steps_of(fleet, seen, setting)
-                    found["occupancy"].append(busy)
-                    found["tau"].append(tau)
-        row = Row(
-            name=name,
-            part=part,
-            setting=setting,
-            rtt_nominal_ms=rtt_nominal_ms,
-            rtt_ms=1_000 * rtt_s,
-            expected=expected(setting, rtt_s, self._effort.simulated_steps),
-            **{key: tuple(values) for key, values in found.items()},
+    def _real(self) -> None:
+        """Real models over the prompts."""
+        effort, models = self._effort, self._models
+        measured = measure_real(
+            self._console,
+            models.model,
+            models.draft_model,
+            models.cache_dir,
+            load_prompts()[: effort.prompts],
+            effort.prompt_repeats,
+            effort.prompt_tokens,
         )
-        self.results.rows.append(row)
-        self._report(
-            f"{name}: {row.rtt_ms:.2f} ms, {row.speedup:.2f} of target-only,"
-            f" {row.vs_simulation:.2f} of simulated"
-        )
+        for number, case in enumerate(measured, start=1):
+            self._results.real.append(case)
+            self._report(f"prompt {number}, {case.category}: {case.speedup:.2f} of target-only")
 
-    def _load(self, setting: Setting, seed: int, speculation: bool, stretch: float = 1.0) -> Load:
-        effort = self._effort
-        # Without guesses every step is like the others, so a part of the time says as much.
-        window_s = effort.window_s * stretch * (1.0 if speculation else 0.5)
-        skipped_s = effort.skipped_s * max(1.0, min(2.0, stretch))
-        return Load(setting.sessions, speculation, seed, skipped_s, window_s)
-
-
-def _rate(seen: Observed) -> float:
-    """Tokens a second, from the first of the deliveries within the window to the last."""
-    inside = [(at, n) for at, n in seen.merged if seen.begin_s <= at <= seen.end_s]
-    begin_s, end_s = inside[0][0], inside[-1][0]
-    return rate_between(inside, begin_s, end_s)
-
-
-def _steps_of(fleet: SyntheticFleet, seen: Observed, setting: Setting) -> tuple[float, float]:
-    """Share of the time that verifiers with sessions were in steps; tokens a step and session."""
-    steps = fleet.verify_steps()
-    busy = [busy_share(of_one, seen.begin_s, seen.end_s) for of_one in steps]
-    counts = [sum(seen.begin_s < end <= seen.end_s for _, end, _ in of_one) for of_one in steps]
-    tokens = rate_between(seen.merged, seen.begin_s, seen.end_s) * (seen.end_s - seen.begin_s)
-    used = min(setting.verifiers, setting.sessions)
-    rows = sum(counts) * setting.sessions / used
-    return sum(busy) / used, tokens / rows
-
-
-def _recovery(runs: Sequence[Observed], target_only: float, window_s: float) -> Recovery:
-    """Put the runs on top of each other, aligned at each change, and read the times back."""
-    begins = [run.begin_s for run in runs]
-    changes = [
-        statistics.fmean(run.marks[at] - begin for run, begin in zip(runs, begins, strict=True))
-        for at in range(4)
-    ]
-
-    def curve_after(change: int | None) -> list[tuple[float, float]]:
-        marks = [run.begin_s if change is None else run.marks[change] for run in runs]
-        aligned = [
-            [(at_s - mark_s, n) for at_s, n in run.merged]
-            for run, mark_s in zip(runs, marks, strict=True)
-        ]
-        here = 0.0 if change is None else changes[change]
-        after = 0 if change is None else change + 1
-        until_s = (changes[after] if after < len(changes) else window_s) - here
-        return rate_curve(aligned, 0.0, until_s - 0.02, _WINDOW_S, _STRIDE_S)
-
-    curves = [curve_after(change) for change in (None, 0, 1, 2, 3)]
-    full = statistics.fmean(rate for _, rate in curves[0])
-    starts = [0.0, *changes]
-    return Recovery(
-        target_only,
-        full,
-        tuple(changes),
-        tuple(
-            (start + end_s, rate)
-            for start, c in zip(starts, curves, strict=True)
-            for end_s, rate in c
-        ),
-        tuple(settled_s(curves[at], _TARGET_SHARE * target_only) for at in (1, 3)),
-        tuple(settled_s(curves[at], _FULL_SHARE * full) for at in (2, 4)),
-    )
+    def _orchestrator(self) -> None:
+        """The orchestrator alone, without and with drafts."""
+        options = relay.Options(window_s=self._effort.streams_window_s, flood=False)
+        # Twice, in turn: what the machine does meanwhile must not look like the streams' doing.
+        for drafting in (False,) * self._effort.streams_repeats + (True,):
+            for streams in self._effort.streams:
+                name = f"{streams:,} streams, {'with' if drafting else 'no'} drafts"
+                with self._surviving(name), tempfile.TemporaryDirectory() as folder:
+                    rows = relay.measure(streams, drafting, options, Path(folder), self._console)
+                    self._results.relay += rows
+                    self._report(f"{name}: {rows[0].tokens_per_core:,.0f} tokens/s a core")

@@ -8,13 +8,11 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from rich.console import Console
-from rich.progress import Progress
 
 from bench.speculation import Case, measure_prompts
 from outrider.client import Client
 from outrider.local import LocalConfig, LocalFleet
 
-_TOKENS_MAX = 128
 _VERIFIER = "verifier-"
 
 
@@ -25,8 +23,9 @@ def measure_real(
     cache_dir: Path,
     prompts: Sequence[dict[str, str]],
     repeats: int,
-) -> list[Case]:
-    """Answer the prompts with and without speculation. Raises `OutriderError`.
+    tokens_max: int,
+) -> Iterator[Case]:
+    """Answer the prompts with and without speculation, one by one. Raises `OutriderError`.
 
     The verifier has all cores but the last, which the others share; where processes cannot be
     bound to cores, or there is only one, all share all.
@@ -47,13 +46,10 @@ def measure_real(
         _cores_of_verifiers() as cores,
         LocalFleet(config, console) as fleet,
         Client(fleet.endpoint) as client,
-        Progress(console=console, transient=True) as progress,
     ):
         _move_others(fleet.pids, cores)
-        task = progress.add_task("prompts", total=len(prompts) * (2 * repeats + 1))
-        return measure_prompts(
-            client, prompts, repeats, _TOKENS_MAX, 0.0, lambda: progress.advance(task)
-        )
+        for prompt in prompts:
+            yield from measure_prompts(client, [prompt], repeats, tokens_max, 0.0, lambda: None)
 
 
 @contextlib.contextmanager

@@ -1,4 +1,4 @@
-"""What the pipelining benchmark measured, and what it says of it. Pure."""
+"""What the pipelining benchmark measured. Pure."""
 
 from __future__ import annotations
 
@@ -7,12 +7,11 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bench.pipeline_setting import Expected, Setting
+from bench.pipeline_setting import NODES_MAX, Expected, Setting
+from bench.relaying.samples import Row as RelayRow
 from bench.speculation import Case
-from bench.speculation import markdown as prompts_markdown
 from bench.timelines import Spread, crossing
 
-ROUND_TRIPS_MS = (0.5, 1.0, 2.0, 5.0, 10.0, 20.0, 50.0)
 REPORTED_MS = (0.5, 2.0, 5.0, 10.0, 20.0)
 """Round trips with a goal."""
 SATURATED_SESSIONS = 16
@@ -30,23 +29,42 @@ class Row:
     rtt_ms: float
     """As measured."""
     target_only: tuple[float, ...]
+    """Two runs at first, then one after each speculated run."""
     speculated: tuple[float, ...]
     expected: Expected
-    again: tuple[float, ...] = ()
-    """Target-only once more: how far its ratio is from 1 is noise."""
     occupancy: tuple[float, ...] = ()
     """Share of the time that verifiers were in steps while speculated."""
     tau: tuple[float, ...] = ()
+    step_stretch: tuple[float, ...] = ()
+    """From one verify step's begin to the next one's, over the stated duration."""
+    draft_step_ms: tuple[float, ...] = ()
+    """Of a draft step, as measured; empty if the drafter took none."""
+    planned: float | None = None
+    """Tokens a second that the planner predicts from the measured figures."""
+
+    @property
+    def speedups(self) -> list[float]:
+        """Of each speculated run over the mean of the target-only runs around it."""
+        around = zip(self.target_only[1:], self.target_only[2:], strict=False)
+        return [
+            ours / statistics.fmean(both)
+            for ours, both in zip(self.speculated, around, strict=True)
+        ]
 
     @property
     def speedup(self) -> float:
-        """Speculated over target-only, median of the repeats."""
-        return _ratio(self.speculated, self.target_only)
+        """Median over the repeats."""
+        return statistics.median(self.speedups)
 
     @property
-    def noise(self) -> float | None:
-        """Target-only over itself."""
-        return _ratio(self.again, self.target_only) if self.again else None
+    def spread(self) -> float:
+        """Half the range of the repeats' speed-ups, as a share of their median."""
+        return (max(self.speedups) - min(self.speedups)) / 2 / self.speedup
+
+    @property
+    def noise(self) -> float:
+        """The second target-only run over the first: how exact a comparison is (A/A)."""
+        return self.target_only[1] / self.target_only[0]
 
     @property
     def tokens_per_s(self) -> float:
@@ -58,26 +76,47 @@ class Row:
         """Measured tokens a second over simulated ones."""
         return self.tokens_per_s / self.expected.simulation
 
-    def record(self) -> dict[str, Any]:
-        """For JSON, with the planner's keys."""
+    @property
+    def vs_planned(self) -> float | None:
+        """Measured tokens a second over the planner's."""
+        return None if self.planned is None else self.tokens_per_s / self.planned
+
+    def planner_row(self) -> dict[str, Any]:
+        """What `outrider plan --measured` reads: figures as they were measured.
+
+        Step times include what passes between two steps, as far as it was measured.
+        """
+        stretch = statistics.median(self.step_stretch) if self.step_stretch else 1.0
+        setting = self.setting
+        draft_ms = statistics.median(self.draft_step_ms) if self.draft_step_ms else setting.draft_ms
         return {
+            **setting.row(),
             "name": self.name,
             "part": self.part,
-            **self.setting.row(),
-            "silent": self.setting.silent,
-            "rtt_nominal_ms": self.rtt_nominal_ms,
+            "step_ms": [[size, ms * stretch] for size, ms in setting.step_ms],
+            "draft_ms": draft_ms,
+            "agreement": list(setting.agreement),
             "rtt_ms": self.rtt_ms,
+            "nodes_max": NODES_MAX,
+            "silent_drafters": setting.drafters if setting.silent else 0,
             "tokens_per_s": self.tokens_per_s,
+        }
+
+    def record(self) -> dict[str, Any]:
+        """For JSON: the planner's keys, and beside them what else is worth knowing."""
+        return {
+            **self.planner_row(),
+            "stated": self.setting.row(),
+            "rtt_nominal_ms": self.rtt_nominal_ms,
             "target_only_tokens_per_s": statistics.median(self.target_only),
             "speedup": self.speedup,
+            "spread": self.spread,
             "noise": self.noise,
             "occupancy": statistics.median(self.occupancy) if self.occupancy else None,
+            "tau": statistics.median(self.tau) if self.tau else None,
             "vs_simulation": self.vs_simulation,
+            "planned_tokens_per_s": self.planned,
             "expected": asdict(self.expected),
-            "repeats": {
-                name: getattr(self, name)
-                for name in ("target_only", "again", "speculated", "occupancy", "tau")
-            },
         }
 
 
@@ -96,6 +135,9 @@ class Recovery:
     """For each drop: until throughput was back at 98% of target-only."""
     recover_up_s: tuple[float | None, ...]
     """For each rise: until it was back at 95% of the full speed."""
+    unbound: tuple[int, ...] = ()
+    """For each rise: in how many of the repeats the drafter was unbound when it came."""
+    repeats: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,6 +150,20 @@ class Disturbance:
     """From the end of one verify step to the begin of the next."""
 
 
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """Where and when a part was measured, and what went wrong."""
+
+    time: str
+    seconds: float
+    outrider: str
+    machine: dict[str, str]
+    effort: dict[str, Any]
+    errors: tuple[str, ...] = ()
+    whole: bool = False
+    """It came to its end."""
+
+
 @dataclass(slots=True)
 class Results:
     """What was measured; a part that was not asked for stays empty."""
@@ -117,20 +173,48 @@ class Results:
     disturbances: list[Disturbance] = field(default_factory=list)
     real: list[Case] = field(default_factory=list)
     """Prompts answered by real models."""
+    relay: list[RelayRow] = field(default_factory=list)
+    """The orchestrator alone."""
+    origins: dict[str, Origin] = field(default_factory=dict)
+    """Of each part that was begun."""
 
     def of(self, part: str) -> list[Row]:
         """Rows of one part."""
         return [row for row in self.rows if row.part == part]
 
-    def record(self) -> dict[str, Any]:
-        """For JSON."""
-        return {
-            "rows": [row.record() for row in self.rows],
-            "recovery": asdict(self.recovery) if self.recovery else None,
-            "disturbances": [asdict(one) for one in self.disturbances],
-            "real": [asdict(case) for case in self.real],
-            "colocated_tree_wins_from_ms": colocated_tree_wins_ms(self.of("rtt")),
-        }
+    def forget(self, part: str) -> None:
+        """Drop what is known of a part."""
+        self.origins.pop(part, None)
+        self.rows = [row for row in self.rows if row.part != part]
+        match part:
+            case "recover":
+                self.recovery = None
+            case "drafters":
+                self.disturbances = []
+            case "real":
+                self.real = []
+            case "orchestrator":
+                self.relay = []
+
+    def figures(self) -> dict[str, float | None]:
+        """The figures with goals, the worst of each; None for what was not measured."""
+        by_rtt = {row.rtt_nominal_ms: row.speedup for row in self.of("rtt")}
+        figures: dict[str, float | None] = {f"rtt{ms:g}": by_rtt.get(ms) for ms in REPORTED_MS}
+        figures["worst_vs_target"] = _least(row.speedup for row in self.rows)
+        figures["occupancy"] = _least(
+            statistics.median(row.occupancy)
+            for row in self.of("fleet")
+            if row.setting.sessions >= SATURATED_SESSIONS and row.occupancy
+        )
+        compared = [row for row in self.rows if row.part in ("rtt", "draft", "fleet")]
+        figures["vs_simulation"] = _least(row.vs_simulation for row in compared)
+        planned = (abs(ratio - 1) for row in self.rows if (ratio := row.vs_planned) is not None)
+        figures["planner_error"] = max(planned, default=None)
+        figures["floor"] = _least(row.speedup for row in self.of("floor"))
+        recovery = self.recovery
+        figures["recover_s"] = _worst(recovery.recover_s) if recovery else None
+        figures["recover_up_s"] = _worst(recovery.recover_up_s) if recovery else None
+        return figures
 
 
 def colocated_tree_wins_ms(rows: Sequence[Row]) -> float | None:
@@ -138,127 +222,6 @@ def colocated_tree_wins_ms(rows: Sequence[Row]) -> float | None:
     return crossing(
         sorted((row.rtt_ms, row.tokens_per_s / row.expected.colocated_tree) for row in rows), 1.0
     )
-
-
-def result_lines(results: Results) -> list[str]:
-    """Lines for scripts; the last one has the figures with goals."""
-    lines = []
-    if results.real:
-        ratios = [case.speedup for case in results.real]
-        identical = sum(case.identical for case in results.real)
-        lines.append(
-            f"result: pipeline_real overall={statistics.geometric_mean(ratios):.2f}"
-            f" min={min(ratios):.2f} max={max(ratios):.2f} identical={identical}/{len(ratios)}"
-        )
-    for one in results.disturbances:
-        lines.append(
-            f"result: pipeline_drafters {one.name.replace(' ', '_')}"
-            f" tokens_per_s={statistics.median(one.tokens_per_s):.1f}"
-            f" gap_p50_ms={one.gaps.p50_ms:.2f} gap_p99_ms={one.gaps.p99_ms:.2f}"
-            f" gap_max_ms={one.gaps.max_ms:.2f}"
-        )
-    by_rtt = {row.rtt_nominal_ms: row.speedup for row in results.of("rtt")}
-    figures: dict[str, float | None] = {f"rtt{ms:g}": by_rtt.get(ms) for ms in REPORTED_MS}
-    figures["worst_vs_target"] = _least(row.speedup for row in results.rows)
-    figures["occupancy"] = _least(
-        statistics.median(row.occupancy)
-        for row in results.of("fleet")
-        if row.setting.sessions >= SATURATED_SESSIONS
-    )
-    figures["vs_simulation"] = _least(
-        row.vs_simulation for row in results.rows if row.part in ("rtt", "draft", "fleet")
-    )
-    figures["floor"] = _least(row.speedup for row in results.of("floor"))
-    recovery = results.recovery
-    figures["recover_s"] = _worst(recovery.recover_s) if recovery else None
-    figures["recover_up_s"] = _worst(recovery.recover_up_s) if recovery else None
-    words = (f"{key}={'na' if value is None else f'{value:.2f}'}" for key, value in figures.items())
-    return [*lines, "result: pipeline " + " ".join(words)]
-
-
-_HEADER = (
-    "scenario (synthetic)",
-    "RTT ms",
-    "target",
-    "Outrider",
-    "speed-up",
-    "simulated",
-    "of it",
-    "chain",
-    "tree",
-    "lockstep",
-    "pull",
-    "push",
-    "busy",
-    "A/A",
-)
-
-
-def markdown(results: Results) -> str:
-    """Tables of everything; speed-ups over target-only."""
-    parts = [_table(_HEADER, map(_cells, results.rows))] if results.rows else []
-    if results.of("rtt"):
-        wins = colocated_tree_wins_ms(results.of("rtt"))
-        where = "at none of these" if wins is None else f"from {wins:.1f} ms on"
-        parts.append(f"The co-located tree is faster {where}.\n")
-    if results.recovery is not None:
-        recovery = results.recovery
-        header = ("acceptance (synthetic)", "back after s")
-        names = [f"dropped, {n}" for n in ("once", "again")] + [
-            f"raised, {n}" for n in ("once", "again")
-        ]
-        values = [*recovery.recover_s, *recovery.recover_up_s]
-        cells = [
-            (name, "never" if value is None else f"{value:.2f}")
-            for name, value in zip(names, values, strict=False)
-        ]
-        parts.append(_table(header, cells))
-    if results.disturbances:
-        gaps = ("gap p50", "p90", "p99", "max ms", "steps")
-        columns = ("drafters (synthetic)", "tokens/s", *gaps)
-        parts.append(_table(columns, map(_disturbance_cells, results.disturbances)))
-    if results.real:
-        parts.append(prompts_markdown(results.real))
-    return "\n".join(parts)
-
-
-def _cells(row: Row) -> tuple[str, ...]:
-    target = row.expected.target_only
-    expected = row.expected
-    modes = (
-        expected.colocated_chain,
-        expected.colocated_tree,
-        expected.lockstep,
-        expected.pull,
-        expected.push,
-    )
-    return (
-        row.name,
-        f"{row.rtt_ms:.2f}",
-        f"{statistics.median(row.target_only):.1f}",
-        f"{row.tokens_per_s:.1f}",
-        f"{row.speedup:.2f}",
-        f"{expected.simulation / target:.2f}",
-        f"{row.vs_simulation:.2f}",
-        *(f"{mode / target:.2f}" for mode in modes),
-        f"{statistics.median(row.occupancy):.2f}" if row.occupancy else "-",
-        "-" if row.noise is None else f"{row.noise:.3f}",
-    )
-
-
-def _disturbance_cells(one: Disturbance) -> tuple[str, ...]:
-    gaps = one.gaps
-    times = (f"{ms:.2f}" for ms in (gaps.p50_ms, gaps.p90_ms, gaps.p99_ms, gaps.max_ms))
-    return (one.name, f"{statistics.median(one.tokens_per_s):.1f}", *times, str(gaps.count))
-
-
-def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
-    lines = [header, ("---",) * len(header), *rows]
-    return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
-
-
-def _ratio(ours: Sequence[float], theirs: Sequence[float]) -> float:
-    return statistics.median(a / b for a, b in zip(ours, theirs, strict=True))
 
 
 def _least(values: Iterable[float]) -> float | None:

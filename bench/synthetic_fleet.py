@@ -27,6 +27,7 @@ from outrider.processes import spawn, stop
 
 _READY_MAX_S = 60.0
 _POLL_S = 0.05
+_CALLS_MIN = 30
 
 
 class SyntheticFleet:
@@ -81,16 +82,23 @@ class SyntheticFleet:
             if child is not None:
                 child.close()
 
-    def set_round_trip(self, wanted_s: float | None, calls: int = CALLS) -> float:
+    def set_round_trip(self, wanted_s: float | None, calls: int | None = None) -> float:
         """Give all links equal delays; returns the round trip as measured, of an idle fleet.
 
-        None: as it is.
+        None: as it is. Of long round trips fewer `calls` are measured, unless it is said how many.
         """
+        if calls is None:
+            calls = CALLS if wanted_s is None else max(_CALLS_MIN, min(CALLS, int(1 / wanted_s)))
         verifiers, drafters = self._links["verifier"], self._links["drafter"]
         if self._proxy is None or wanted_s is None:
             first = next(iter(verifiers.values())), next(iter(drafters.values()))
             return total_round_trip_s(*first, calls)
         return set_round_trip(self._proxy, verifiers, drafters, wanted_s, calls)
+
+    def sessions_of_drafters(self) -> int:
+        """Attachments of sessions to drafters at this moment. Raises `OutriderError`."""
+        with Client(self.address) as client:
+            return sum(worker.sessions for worker in client.workers() if worker.role == "drafter")
 
     def change(self, **command: Any) -> None:
         """Change the drafters, see `bench.synthetic_workers`."""

@@ -20,7 +20,12 @@ import numpy as np
 
 from bench.relaying.control import obey
 from bench.relaying.fakes import client_prompt
-from outrider.v1 import generation_pb2, generation_pb2_grpc
+from outrider.v1 import (
+    generation_pb2,
+    generation_pb2_grpc,
+    verifier_pb2,
+    verifier_pb2_grpc,
+)
 
 _CHECKED = 16
 """Clients whose text is compared with their ids."""
@@ -30,7 +35,7 @@ _TOKENS_MAX = 1 << 24
 
 
 class _Clients:
-    def __init__(self, address: str, channels: int) -> None:
+    def __init__(self, address: str, channels: int, probe: str) -> None:
         options = (
             # Without it channels with equal options share one connection.
             ("grpc.use_local_subchannel_pool", 1),
@@ -42,7 +47,12 @@ class _Clients:
             )
             for _ in range(channels)
         ]
-        self._tasks: list[asyncio.Task[None]] = []
+        self._probe = verifier_pb2_grpc.VerifierServiceStub(
+            grpc.aio.insecure_channel(probe, options=options)
+        )
+        self._tasks = [asyncio.create_task(self._watch())]
+        self._own_ns: array[int] = array("q")
+        """How long each message of the probe took."""
         self._read: array[int] = array("q")
         """Client, output tokens by then, tokens in the message, nanosecond: one after the other."""
         self._recording = False
@@ -111,6 +121,11 @@ class _Clients:
             opened.set()
             opening.release()
 
+    async def _watch(self) -> None:
+        async for message in self._probe.GetTokenizer(verifier_pb2.GetTokenizerRequest()):
+            if self._recording:
+                self._own_ns.append(time.monotonic_ns() - int.from_bytes(message.chunk, "big"))
+
     async def record(self) -> Mapping[str, Any]:
         """Note what arrives from now on."""
         self._recording = True
@@ -120,9 +135,11 @@ class _Clients:
         """Output tokens read so far."""
         return {"tokens": sum(self._totals)}
 
-    async def dump(self, path: str) -> Mapping[str, Any]:
-        """Write what was noted, and forget it."""
+    async def dump(self, path: str, own_path: str) -> Mapping[str, Any]:
+        """Write what was noted, and forget it: of the streams, and of the probe."""
         self._recording = False
+        np.save(own_path, np.array(self._own_ns, dtype=np.int64))
+        self._own_ns = array("q")
         np.save(path, np.array(self._read, dtype=np.int64).reshape(-1, 4))
         self._read = array("q")
         if self._errors:
@@ -140,13 +157,14 @@ def _garbled(output: tuple[list[int], list[str]]) -> bool:
 @click.command()
 @click.option("--address", required=True)
 @click.option("--channels", type=click.IntRange(min=1), required=True)
-def main(address: str, channels: int) -> None:
+@click.option("--probe", required=True, help="Address that sends the time.")
+def main(address: str, channels: int, probe: str) -> None:
     """Connect, and obey the lines on standard input."""
-    asyncio.run(_run(address, channels))
+    asyncio.run(_run(address, channels, probe))
 
 
-async def _run(address: str, channels: int) -> None:
-    clients = _Clients(address, channels)
+async def _run(address: str, channels: int, probe: str) -> None:
+    clients = _Clients(address, channels, probe)
     await obey(
         {
             "wait": clients.wait,

@@ -18,6 +18,7 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import grpc
 import grpc.aio
 
 from outrider import wire
@@ -43,6 +44,8 @@ CLIENT_IDS = 3
 """Ids of a prompt that name its client, in base 256."""
 COMMIT_TOKENS = (1, 2, 3)
 DRAFT_NODES = 8
+PROBE_S = 0.005
+"""Between two messages of a probe, on average."""
 SESSIONS_MAX = 20_000
 _LENGTH_MAX = 1 << 30
 
@@ -213,6 +216,26 @@ class Verifier(Worker, verifier_pb2_grpc.VerifierServiceServicer):
         message.commits.add(
             session=session.number, commit=commit.SerializeToString(), report=report
         )
+
+
+class Probe(verifier_pb2_grpc.VerifierServiceServicer):
+    """Sends the time, for ever: the way from this process to the clients' without a relay."""
+
+    async def GetTokenizer(
+        self, request: verifier_pb2.GetTokenizerRequest, context: _Context
+    ) -> AsyncIterator[verifier_pb2.GetTokenizerResponse]:
+        draw = random.Random(2)
+        while True:
+            # Not in step with anything that is measured.
+            await asyncio.sleep(PROBE_S * 2 * draw.random())
+            now_ns = time.monotonic_ns()
+            yield verifier_pb2.GetTokenizerResponse(chunk=now_ns.to_bytes(8, "big"))
+
+    async def Verify(
+        self, requests: AsyncIterator[verifier_pb2.VerifyRequest], context: _Context
+    ) -> AsyncIterator[verifier_pb2.VerifyResponse]:
+        await context.abort(grpc.StatusCode.UNIMPLEMENTED, "a probe decodes nothing")
+        yield verifier_pb2.VerifyResponse()
 
 
 class Drafter(Worker, drafter_pb2_grpc.DrafterServiceServicer):

@@ -73,6 +73,7 @@ def relay_fleet(
     clients = Child(
         "bench.relaying.clients",
         *("--address", f"127.0.0.1:{port}", "--channels", str(channels)),
+        *("--probe", addresses["probes"][0]),
     )
     try:
         _pin([process.pid], [workers.pid, clients.pid])

@@ -19,7 +19,7 @@ import click
 import numpy as np
 
 from bench.relaying.control import obey
-from bench.relaying.fakes import COMMIT_TOKENS, Drafter, Verifier
+from bench.relaying.fakes import COMMIT_TOKENS, Drafter, Probe, Verifier
 from bench.texts import Texts
 from outrider.serving.server import Server
 from outrider.tokenizer import byte_tokenizer_files
@@ -123,7 +123,7 @@ async def _serve(verifier_count: int, drafter_count: int, rows: int) -> None:
     text = Texts(byte_tokenizer_files()).take(0, 4_096)
     verifiers = [Verifier(rows, text, seed) for seed in range(verifier_count)]
     drafters = [Drafter() for _ in range(drafter_count)]
-    addresses: dict[str, list[str]] = {"verifiers": [], "drafters": []}
+    addresses: dict[str, list[str]] = {"verifiers": [], "drafters": [], "probes": []}
     servers = []  # Kept, as a server ends when nobody holds it.
     for verifier in verifiers:
         servers.append(server := Server((), host="127.0.0.1", port=0))
@@ -135,6 +135,9 @@ async def _serve(verifier_count: int, drafter_count: int, rows: int) -> None:
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(drafter, server.grpc)
         drafter_pb2_grpc.add_DrafterServiceServicer_to_server(drafter, server.grpc)
         addresses["drafters"].append(await server.start())
+    servers.append(server := Server((), host="127.0.0.1", port=0))
+    verifier_pb2_grpc.add_VerifierServiceServicer_to_server(Probe(), server.grpc)
+    addresses["probes"].append(await server.start())
 
     async def where() -> Mapping[str, Any]:
         return addresses

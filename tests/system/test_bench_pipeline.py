@@ -9,7 +9,7 @@ import pytest
 from click.testing import CliRunner
 
 from bench import pipeline
-from bench.pipeline_parts import Effort
+from bench.pipeline_effort import Effort
 from bench.pipeline_setting import Setting
 from bench.streams import Load, observe
 from bench.synthetic_fleet import SyntheticFleet
@@ -26,6 +26,7 @@ TINY = Effort(
     phase_s=1.5,
     streams=(4,),
     streams_window_s=0.5,
+    streams_repeats=1,
 )
 
 
