@@ -16,7 +16,6 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from outrider.domain import SamplingParams
-from outrider.model import native
 from outrider.model.filters import LOGIT_MIN, TEMPERATURE_MIN
 from outrider.model.noise import GUMBEL_MAX, GUMBEL_MIN
 
@@ -143,14 +142,6 @@ def _masses(
         row for row, param in enumerate(params) if param.top_p < 1.0 and not 0 < param.top_k < width
     ]
     masses: list[float | None] = [None] * len(params)
-    if rows and native.available():
-        index = torch.tensor(rows)
-        rates = torch.tensor([1.0 / max(params[row].temperature, TEMPERATURE_MIN) for row in rows])
-        some_logits = logits if len(rows) == len(logits) else logits[index]
-        sums = torch.ops.outrider.masses(some_logits, best[index], rates)
-        for row, mass in zip(rows, sums.tolist(), strict=True):
-            masses[row] = mass
-        return masses
     for start in range(0, len(rows), _MASS_ROWS):
         some = rows[start : start + _MASS_ROWS]
         index = torch.tensor(some)

@@ -29,6 +29,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 from outrider.domain import SamplingParams
+from outrider.model.drawing import can_draw, draw
 from outrider.model.filters import (
     LOGIT_MIN,
     TEMPERATURE_MIN,
@@ -73,6 +74,15 @@ def sample_nodes(
     """
     if not params:
         return []
+    if can_draw(logits):
+        drawn = draw(logits, params, seeds, positions, 1)
+        drawn_tokens: list[int] = drawn.tokens.squeeze(-1).tolist()
+        if drawn.undecided:
+            some = _picked(drawn.undecided, params, seeds, positions)
+            found = _sample(repaired(logits)[drawn.undecided], *some).tolist()
+            for row, token in zip(drawn.undecided, found, strict=True):
+                drawn_tokens[row] = token
+        return drawn_tokens
     logits = repaired(logits)
     sampled = [row for row, param in enumerate(params) if not param.greedy]
     if len(sampled) == len(params):
@@ -211,6 +221,24 @@ def _rank_sampled(
 ) -> tuple[Tensor, Tensor]:
     """Return the best perturbed scores [N, count], -inf where there are fewer, and their ids."""
     count = min(count, logits.shape[1])
+    if can_draw(logits):
+        drawn = draw(logits, params, seeds, positions, count)
+        if drawn.undecided:
+            some = _picked(drawn.undecided, params, seeds, positions)
+            found = _rank_perturbed(logits[drawn.undecided], *some, count)
+            drawn.scores[drawn.undecided], drawn.tokens[drawn.undecided] = found
+        return drawn.scores, drawn.tokens
+    return _rank_perturbed(logits, params, seeds, positions, count)
+
+
+def _rank_perturbed(
+    logits: Tensor,
+    params: Sequence[SamplingParams],
+    seeds: Sequence[int],
+    positions: Sequence[int],
+    count: int,
+) -> tuple[Tensor, Tensor]:
+    """The same for `count` of at most V, without the operator."""
     best = logits.new_full((len(params), count), -math.inf, dtype=torch.float64)
     tokens = torch.zeros((len(params), count), dtype=torch.int64, device=logits.device)
     for rows, scores, ids in _perturbed(logits, params, seeds, positions, count):

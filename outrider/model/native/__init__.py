@@ -1,8 +1,8 @@
 """Our C++ operators for CPUs: built at first use for the processor at hand, then kept.
 
 `ops.cpp` holds what a ragged step needs and torch has no operator for: attention over a paged KV
-pool with token trees, and products of few rows. Without a C++ compiler everything works all the
-same, in plain torch and slower.
+pool with token trees, products of few rows, and the one rule (`rule.h`). Without a C++ compiler
+everything works all the same, in plain torch and slower.
 """
 
 from __future__ import annotations
@@ -24,7 +24,8 @@ from outrider.config import DEFAULT_CACHE
 
 _log = logging.getLogger(__name__)
 
-_SOURCE = Path(__file__).with_name("ops.cpp")
+_SOURCES = (Path(__file__).with_name("ops.cpp"), Path(__file__).with_name("rule.h"))
+"""What is compiled, and what it includes."""
 _FLAGS = (
     "-std=gnu++20",
     "-O3",
@@ -100,7 +101,7 @@ def _library(compiler: str) -> Path:
     version = subprocess.run([compiler, "--version"], capture_output=True, text=True, check=True)
     described = "\0".join(
         [
-            _SOURCE.read_text(),
+            *(source.read_text() for source in _SOURCES),
             *_FLAGS,
             version.stdout,
             torch.__version__,
@@ -131,7 +132,7 @@ def _build(compiler: str, library: Path) -> None:
                 *_FLAGS,
                 f"-D_GLIBCXX_USE_CXX11_ABI={int(torch.compiled_with_cxx11_abi())}",
                 *(flag for path in include_paths() for flag in ("-isystem", path)),
-                str(_SOURCE),
+                str(_SOURCES[0]),
                 "-o",
                 str(built),
                 *(f"-L{path}" for path in library_paths()),

@@ -1,4 +1,4 @@
-// Attention and matrix products of a ragged step on a CPU, as torch operators.
+// Attention, matrix products and sampling of a ragged step on a CPU, as torch operators.
 //
 // Built at first use for the processor at hand (see native/__init__.py). Plain C++ with the compilers' vector
 // extensions: they become AVX2, AVX-512 or NEON as the machine has them. All arithmetic is float32,
@@ -7,6 +7,7 @@
 
 #include <ATen/Parallel.h>
 #include <ATen/ops/empty.h>
+#include <ATen/ops/full.h>
 #include <ATen/ops/zeros.h>
 #include <torch/library.h>
 
@@ -14,8 +15,11 @@
 #include <cstdint>
 #include <cstring>
 #include <limits>
+#include <tuple>
 #include <type_traits>
 #include <vector>
+
+#include "rule.h"
 
 #if defined(__FMA__) && defined(__AVX__)
 #include <immintrin.h>
@@ -485,45 +489,56 @@ Tensor packed_linear(const Tensor& x_in, const Tensor& packed, const std::option
 
 // --- sampling ----------------------------------------------------------------------------------------
 
-// Sum of exp((logit - best) * rate) of each row, logits float32 [rows, vocabulary], best and rates float32 [rows];
-// float64 [rows], within 1e-6 of the true sum. Lanes and blocks of a row are summed by themselves.
-Tensor masses(const Tensor& logits_in, const Tensor& best, const Tensor& rates) {
+// The best `count` tokens of each row by the one rule: tokens int64 [rows, count], their scores float64 [rows, count],
+// and the rows decided, bool [rows]. Logits float32 [rows, vocabulary]; filters float64 [rows, 3]: temperature (0: the
+// most probable token is wanted), least scaled logit, top-p; places int64 [rows, 3]: seed, position, top-k. Where the
+// filters leave fewer tokens, the others are 0 and their scores -inf.
+std::tuple<Tensor, Tensor, Tensor> draw(const Tensor& logits_in, const Tensor& filters, const Tensor& places,
+                                        int64_t count) {
   const Tensor logits = logits_in.contiguous();
-  const int64_t rows = logits.size(0), size = logits.size(1), whole = size / kLanes * kLanes;
-  Tensor sums = at::empty({rows}, logits.options().dtype(at::kDouble));
+  const int64_t rows = logits.size(0), size = logits.size(1);
+  TORCH_CHECK(filters.is_contiguous() && filters.size(0) == rows && filters.size(1) == 3, "draw: filters [rows, 3]");
+  TORCH_CHECK(places.is_contiguous() && places.size(0) == rows && places.size(1) == 3, "draw: places [rows, 3]");
+  TORCH_CHECK(size > 0 && count > 0, "draw: no tokens");
+  Tensor tokens = at::zeros({rows, count}, logits.options().dtype(at::kLong));
+  const double none = -std::numeric_limits<double>::infinity();
+  Tensor scores = at::full({rows, count}, none, logits.options().dtype(at::kDouble));
+  Tensor decided = at::empty({rows}, logits.options().dtype(at::kBool));
   const float* from = logits.const_data_ptr<float>();
-  const float* tops = best.const_data_ptr<float>();
-  const float* factors = rates.const_data_ptr<float>();
-  double* to = sums.mutable_data_ptr<double>();
+  const double* filter = filters.const_data_ptr<double>();
+  const int64_t* place = places.const_data_ptr<int64_t>();
+  int64_t* token = tokens.mutable_data_ptr<int64_t>();
+  double* score = scores.mutable_data_ptr<double>();
+  bool* done = decided.mutable_data_ptr<bool>();
   at::parallel_for(0, rows, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t row = begin; row < end; ++row) {
-      const float* at = from + row * size;
-      double sum = 0;
-      for (int64_t start = 0; start < whole; start += 64 * kLanes) {
-        Floats block{};
-        for (int64_t i = start; i < std::min(whole, start + 64 * kLanes); i += kLanes)
-          block += exp_below_zero((load(at + i) - tops[row]) * factors[row]);
-        sum += total(block);
+    rule::Row row(size);
+    std::vector<rule::Guess> found;
+    for (int64_t i = begin; i < end; ++i) {
+      const double* at = filter + 3 * i;
+      const rule::Filters given{static_cast<float>(at[0]), static_cast<float>(at[1]), at[2], place[3 * i + 2]};
+      const rule::Place where{static_cast<uint64_t>(place[3 * i]), static_cast<uint64_t>(place[3 * i + 1])};
+      done[i] = row.run(from + i * size, given, where, count, found);
+      for (size_t rank = 0; rank < found.size(); ++rank) {
+        token[i * count + rank] = found[rank].token;
+        score[i * count + rank] = found[rank].score;
       }
-      for (int64_t i = whole; i < size; ++i) sum += std::exp((at[i] - tops[row]) * factors[row]);
-      to[row] = sum;
     }
   });
-  return sums;
+  return {tokens, scores, decided};
 }
 
 }  // namespace
 
 TORCH_LIBRARY(outrider, library) {
   library.def("attend(Tensor query, Tensor key, Tensor value, Tensor plan, SymInt layer, float scaling) -> Tensor");
-  library.def("masses(Tensor logits, Tensor best, Tensor rates) -> Tensor");
+  library.def("draw(Tensor logits, Tensor filters, Tensor places, int count) -> (Tensor, Tensor, Tensor)");
   library.def("pack_weight(Tensor weight) -> Tensor");
   library.def("packed_linear(Tensor x, Tensor packed, Tensor? bias, SymInt outputs) -> Tensor");
 }
 
 TORCH_LIBRARY_IMPL(outrider, CPU, library) {
   library.impl("attend", &attend);
-  library.impl("masses", &masses);
+  library.impl("draw", &draw);
   library.impl("pack_weight", &pack_weight);
   library.impl("packed_linear", &packed_linear);
 }

@@ -131,7 +131,8 @@ def test_what_was_built_for_another_set_up_is_not(
     for name, value in (
         ("_processor", lambda: "flags: none"),
         ("_FLAGS", ("-O1",)),
-        ("_SOURCE", source),
+        ("_SOURCES", (source,)),
+        ("_SOURCES", (native._SOURCES[0], source)),
     ):
         with monkeypatch.context() as patch:
             patch.setattr(native, name, value)
@@ -141,8 +142,8 @@ def test_what_was_built_for_another_set_up_is_not(
         libraries.add(native._library(compiler))
     Path(compiler).write_text(Path(compiler).read_text().replace("echo 1;", "echo 2;"))
     libraries.add(native._library(compiler))
-    assert len(libraries) == 6
-    assert len(lines.read_text().splitlines()) == 6
+    assert len(libraries) == 7
+    assert len(lines.read_text().splitlines()) == 7
 
 
 def test_a_build_that_fails_leaves_nothing_to_be_used(

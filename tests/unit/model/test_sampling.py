@@ -41,15 +41,25 @@ widths = st.sampled_from([1, 2, 5, 64, 513, 1000, 4001])
 thorough = settings(max_examples=100, deadline=None, derandomize=True)
 
 
-@pytest.fixture(params=["cpu", "gpu"])
+@pytest.fixture(params=["operator", "cpu", "gpu"])
 def path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """The way through the code that a CPU takes, and the one that a GPU takes."""
-    if request.param == "gpu":
-        take_gpu_path(monkeypatch)
+    """The ways through the code: a CPU's with our operator and without it, and a GPU's."""
+    if request.param != "operator":
+        take_path(monkeypatch, request.param)
     return str(request.param)
 
 
-def take_gpu_path(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(params=["cpu", "gpu"])
+def plain_path(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """The ways that leave the noise to Python, where a test can change it."""
+    take_path(monkeypatch, request.param)
+    return str(request.param)
+
+
+def take_path(monkeypatch: pytest.MonkeyPatch, path: str) -> None:
+    monkeypatch.setattr(sampling, "can_draw", lambda _: False)
+    if path == "cpu":
+        return
     monkeypatch.setattr(sampling, "on_cpu", lambda _: False)
     monkeypatch.setattr(noise, "on_cpu", lambda _: False)
 
@@ -141,9 +151,10 @@ def check_ranks(shape, width, params, seed, count) -> None:
 @example("few levels", 4001, [SamplingParams(top_k=900, top_p=0.5)], 5)
 def test_samples_are_those_of_the_definition(shape, width, params, seed):
     check_rows(shape, width, params, seed)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        take_gpu_path(monkeypatch)
-        check_rows(shape, width, params, seed)
+    for path in ("cpu", "gpu"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            take_path(monkeypatch, path)
+            check_rows(shape, width, params, seed)
 
 
 @thorough
@@ -158,9 +169,10 @@ def test_samples_are_those_of_the_definition(shape, width, params, seed):
 @example("wide", 4001, [SamplingParams(temperature=100.0)], 3, 12)
 def test_candidates_are_the_best_scores_of_the_definition(shape, width, params, seed, count):
     check_ranks(shape, width, params, seed, count)
-    with pytest.MonkeyPatch.context() as monkeypatch:
-        take_gpu_path(monkeypatch)
-        check_ranks(shape, width, params, seed, count)
+    for path in ("cpu", "gpu"):
+        with pytest.MonkeyPatch.context() as monkeypatch:
+            take_path(monkeypatch, path)
+            check_ranks(shape, width, params, seed, count)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +233,7 @@ def test_greedy_takes_the_lowest_of_equals(path):
 
 
 @pytest.mark.parametrize("width", [64, 4000])
-def test_sampling_takes_the_lowest_of_equal_scores(path, monkeypatch, width):
+def test_sampling_takes_the_lowest_of_equal_scores(plain_path, monkeypatch, width):
     monkeypatch.setattr(sampling, "gumbel_torch", lambda s, p, ids: torch.ones(ids.shape).double())
     monkeypatch.setattr(
         sampling, "gumbel_dense_torch", lambda s, p, width: torch.ones(len(s), width).double()
@@ -237,7 +249,7 @@ def test_sampling_takes_the_lowest_of_equal_scores(path, monkeypatch, width):
 
 
 @pytest.mark.parametrize(("behind", "winner"), [(20.18, 1), (20.19, 0)])
-def test_only_what_no_noise_could_save_is_skipped(path, monkeypatch, behind, winner):
+def test_only_what_no_noise_could_save_is_skipped(plain_path, monkeypatch, behind, winner):
     extremes = torch.tensor([GUMBEL_MIN, GUMBEL_MAX]).double()
     monkeypatch.setattr(sampling, "gumbel_torch", lambda s, p, ids: extremes[ids])
     monkeypatch.setattr(
@@ -324,6 +336,7 @@ def test_sampled_estimates_are_perturbed_margins(path):
 
 
 def test_siblings_share_their_hashing(monkeypatch):
+    take_path(monkeypatch, "cpu")
     hashed = []
 
     def counted(bits, position, width):
@@ -336,6 +349,7 @@ def test_siblings_share_their_hashing(monkeypatch):
 
 
 def test_few_tokens_are_hashed_where_few_can_win(monkeypatch):
+    take_path(monkeypatch, "cpu")
     sizes = []
     monkeypatch.setattr(
         sampling,

@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from outrider.domain import SamplingParams
-from outrider.model import heads, shortlist
+from outrider.model import heads, sampling, shortlist
 from outrider.model.noise import (
     GUMBEL_MAX,
     GUMBEL_MIN,
@@ -41,6 +41,12 @@ PARAMS = [
     SamplingParams(min_p=0.01),
 ]
 SHAPES = ["like a model's", "normal", "flat", "few levels", "one far ahead", "mostly masked"]
+
+
+@pytest.fixture(autouse=True)
+def no_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What is left to our operator otherwise (`test_drawing`)."""
+    monkeypatch.setattr(sampling, "can_draw", lambda _: False)
 
 
 def drawn_logits(shape: str, rows: int, width: int) -> torch.Tensor:
