@@ -46,7 +46,8 @@ async def serve(config: DrafterConfig) -> None:
             model_fingerprint=info.model_fingerprint,
             capacity=config.growing.sessions_max,
             load=grower.load,
-            state="ready",
+            state="draining" if service.draining else "ready",
+            tokenizer_fingerprint=info.tokenizer_fingerprint or "",
         )
 
     try:

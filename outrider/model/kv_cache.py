@@ -186,7 +186,7 @@ class SessionCache:
         held = self._held()
         if self._chain_root is None or len(held) * BLOCK_TOKENS != self._prefix_length:
             return self._prefix_length
-        while (begin := self._prefix_length) + BLOCK_TOKENS < len(tokens):
+        while (begin := self._prefix_length) + BLOCK_TOKENS < len(tokens):  # shareable_blocks()
             if len(self._hashes) * BLOCK_TOKENS != begin or self.tree_size:
                 break
             digest = self.next_hash(tokens)
@@ -214,7 +214,8 @@ class SessionCache:
             digest = self.next_hash(tokens)
             if digest is None:
                 return
-            self.pool.blocks.publish(held[len(self._hashes)], digest)
+            first = self._hashes[0] if self._hashes else None
+            self.pool.blocks.publish(held[len(self._hashes)], digest, first)
             self._hashes.append(digest)
 
     def advance(self, path: Sequence[int], keep: Sequence[int] = ()) -> dict[int, int]:
