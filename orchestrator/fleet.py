@@ -5,11 +5,12 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+import random
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 
 from orchestrator.budgets import expected_tokens
-from orchestrator.placement import WorkerView, pairing_fault
+from orchestrator.placement import Draw, WorkerView, pairing_fault, shortlist
 from orchestrator.text import TextCodec
 from orchestrator.workers import (
     DrafterBatch,
@@ -20,6 +21,10 @@ from orchestrator.workers import (
 )
 from outrider.domain import TARGET_SOURCE, ModelInfo
 from outrider.errors import Mismatch
+from outrider.registry import WorkerRecord
+
+SHORTLIST_MAX = 24
+"""Workers of a role that are weighed for a session, beside those that hold its beginning."""
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +37,18 @@ class Listener:
     verifier_batch: Callable[[VerifierLink, VerifierBatch], None]
     drafter_changed: Callable[[DrafterLink], None]
     drafter_batch: Callable[[DrafterLink, DrafterBatch], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What a worker says in the registry, of which this orchestrator sees only a part."""
+
+    incarnation: str
+    sessions: int = 0
+    """Of other orchestrators."""
+    kv_share: float = 0.0
+    """Of its KV in use; 0 if not known."""
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +83,8 @@ class Fleet:
         self._sources = itertools.count(TARGET_SOURCE + 1)
         self._codecs: dict[str, TextCodec] = {}
         self._listener: Listener | None = None
+        self._elsewhere: dict[str, Elsewhere] = {}
+        """By address."""
         self._closing: set[asyncio.Task[None]] = set()
 
     def start(self, listener: Listener) -> None:
@@ -141,25 +160,85 @@ class Fleet:
         assert info.tokenizer_fingerprint is not None, "links check it before they are ready"
         return self._codecs[info.tokenizer_fingerprint]
 
-    def verifier_views(self) -> list[WorkerView]:
-        """Verifiers that take sessions."""
-        return _views(self.verifiers.values())
+    def note(self, records: Iterable[WorkerRecord]) -> None:
+        """Take over what the registry says of the workers' load."""
+        self._elsewhere = {
+            record.address: self._seen_elsewhere(record, links.get(record.address))
+            for record in records
+            for links in (self.verifiers if record.role == "verifier" else self.drafters,)
+        }
 
-    def drafter_views(self, verifier: VerifierLink) -> list[WorkerView]:
-        """Drafters that take sessions, and what each would win for one more on a verifier."""
+    def _seen_elsewhere(
+        self, record: WorkerRecord, link: VerifierLink | DrafterLink | None
+    ) -> Elsewhere:
+        own = len(link.sessions) if link is not None else 0
+        return Elsewhere(
+            record.incarnation,
+            # Ours are counted here, where they are known at once.
+            sessions=max(0, record.load - own),
+            kv_share=record.kv_tokens_used / max(1, record.kv_tokens_max),
+            draining=record.state == "draining",
+        )
+
+    def verifier_views(
+        self, held_tokens: Mapping[str, int] | None = None, draw: Draw = random.randrange
+    ) -> list[WorkerView]:
+        """Verifiers that take sessions: some of them, drawn, in a large fleet.
+
+        `held_tokens` says by incarnation how much of a text's beginning is held: those who hold
+        some are among them. It counts only for the incarnation that this orchestrator talks to.
+        """
+        held_tokens = held_tokens or {}
+        links = list(self.verifiers.values())
+        drawn = {links[index].address for index in shortlist(len(links), SHORTLIST_MAX, draw)}
         return [
-            replace(
-                view,
-                tokens=expected_tokens(
-                    self.drafters[view.address].pace_for(verifier), verifier.pace.step_s
-                ),
-            )
-            for view in _views(self.drafters.values())
+            replace(view, held_tokens=held_tokens.get(link.incarnation, 0))
+            for link in links
+            if (link.address in drawn or link.incarnation in held_tokens)
+            and (view := self._view(link)) is not None
         ]
+
+    def drafter_views(
+        self, verifier: VerifierLink, draw: Draw = random.randrange
+    ) -> list[WorkerView]:
+        """Drafters that take sessions, and what each would win for one more on a verifier.
+
+        Some of them, drawn, in a large fleet.
+        """
+        links = list(self.drafters.values())
+        return [
+            replace(view, tokens=expected_tokens(link.pace_for(verifier), verifier.pace.step_s))
+            for index in shortlist(len(links), SHORTLIST_MAX, draw)
+            if (view := self._view(link := links[index])) is not None
+        ]
+
+    def _view(self, link: VerifierLink | DrafterLink) -> WorkerView | None:
+        if link.state is not LinkState.READY or link.info is None:
+            return None
+        elsewhere = self._elsewhere.get(link.address)
+        if elsewhere is None or elsewhere.incarnation != link.incarnation:
+            elsewhere = Elsewhere(link.incarnation)
+        if elsewhere.draining:
+            return None
+        # What an idle verifier reported last is of its busy time.
+        step = link.step if isinstance(link, VerifierLink) and link.sessions else None
+        return WorkerView(
+            link.address,
+            link.info,
+            len(link.sessions) + elsewhere.sessions,
+            link.sessions_max,
+            rtt_s=link.rtt_s,
+            kv_share=elsewhere.kv_share,
+            waiting=step is not None and step.waiting > 0,
+        )
 
     def models(self) -> dict[str, ModelInfo]:
         """Models that can be asked for, by name."""
-        return {view.info.model: view.info for view in self.verifier_views()}
+        return {
+            link.info.model: link.info
+            for link in self.verifiers.values()
+            if link.state is LinkState.READY and link.info is not None
+        }
 
     def refusal(self, drafter: ModelInfo) -> str | None:
         """Why a drafter fits none of the targets that are there, or None."""
@@ -195,11 +274,3 @@ class Fleet:
             kv_tokens_used=step.kv_tokens_used if step else 0,
             waiting=step.waiting if step else 0,
         )
-
-
-def _views(links: Iterable[VerifierLink | DrafterLink]) -> list[WorkerView]:
-    return [
-        WorkerView(link.address, link.info, len(link.sessions), link.sessions_max)
-        for link in links
-        if link.state is LinkState.READY and link.info is not None
-    ]

@@ -49,7 +49,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             info = self._model(request.model)
             asked = _request(request, self._config)
             job = job_of(asked, info, self._fleet.codec(info), self._config)
-            generation = self._driver.generate(job)
+            prefix = await self._driver.placer.find(job)
+            generation = self._driver.generate(job, prefix)
             try:
                 started = False
                 while outputs := await generation.take():

@@ -54,6 +54,8 @@ class KvPool:
         self.layout = layout
         self._model_fingerprint = model_fingerprint
         self.blocks = BlockPool(-(-tokens_max // BLOCK_TOKENS))
+        self.tokens_adopted = 0
+        """Tokens that sessions shared so far instead of computing them."""
         slots = self.blocks.count * BLOCK_TOKENS
         shape = (layout.layers, 2, slots, layout.kv_heads, layout.head_dim)
         # On a CPU, memory that is never written is never taken.
@@ -196,6 +198,7 @@ class SessionCache:
             self._hashes.append(digest)
             held.append(block)
             self._prefix_length += BLOCK_TOKENS
+            self.pool.tokens_adopted += BLOCK_TOKENS
             self._map()
         return self._prefix_length
 

@@ -220,6 +220,11 @@ class KvPublisher(Renewal):
         self._retry_s = 0.0
         self.counters = PublisherCounters()
 
+    async def tell_all(self) -> None:
+        """Tell all news at once, without a context. Raises `RegistryUnavailable`."""
+        while (news := self._blocks.take(BATCH_MAX)).held or news.dropped:
+            await self._tell(news.held, news.dropped)
+
     async def _act(self) -> None:
         now_s = asyncio.get_running_loop().time()
         if now_s < self._retry_s:

@@ -108,6 +108,16 @@ async def test_what_is_published_is_read(registry: Registry) -> None:
     assert await registry.workers() == [DRAFTER, busier]
 
 
+async def test_fingerprints_kv_and_state_are_read(registry: Registry, raw: Redis) -> None:
+    told = replace(VERIFIER, tokenizer_fingerprint="t" * 64, kv_tokens_used=5, kv_tokens_max=2**40)
+    await registry.publish(told)
+    assert await registry.workers() == [told]
+    # A worker of an earlier release does not say.
+    later = ("tokenizer_fingerprint", "kv_tokens_used", "kv_tokens_max")
+    await raw.hdel("outrider:1:{w}:verifier:v-1", *later)
+    assert await registry.workers() == [VERIFIER]
+
+
 async def test_records_expire_and_so_does_every_key(registry: Registry, raw: Redis) -> None:
     await registry.publish(VERIFIER, ttl_s=30)
     await registry.publish(DRAFTER, ttl_s=0.2)
@@ -153,6 +163,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "drafter:load": {"load": "many"},
     "drafter:negative": {"capacity": "-1"},
     "drafter:huge": {"capacity": str(2**40)},
+    "drafter:kv": {"kv_tokens_max": "-1"},
     "drafter:state": {"state": "asleep"},
     "drafter:address": {"address": "nowhere"},
     "drafter:port": {"address": "host:0"},

@@ -1,0 +1,111 @@
+"""Chooses workers for sessions: gathers what placement weighs, and remembers what it chose.
+
+Redis is asked once, at admission (`find`); from then on all is known here.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from orchestrator.fleet import Fleet
+from orchestrator.jobs import Job
+from orchestrator.placement import Draw, Weighed, WorkerView, choose_drafters, pick, weigh_verifiers
+from orchestrator.prefix_lookup import PrefixLookup
+from orchestrator.prefix_memory import Prefix, PrefixMemory
+from orchestrator.workers import VerifierLink
+from outrider.domain import ModelInfo, SessionSpec
+from outrider.kv_blocks import BLOCK_TOKENS, chain_hashes, chain_root
+
+HASHED_BLOCKS_MAX = 1_024
+"""Blocks of a text that are hashed; what comes after is not looked for."""
+MEMORY_TRUST_S = 10.0
+"""While Redis answers, what it does not know of is believed for so long: it is on its way there."""
+_EXPLAINED_MAX = 3
+
+_log = logging.getLogger(__name__)
+
+
+class Placer:
+    """Places the sessions of one orchestrator. For the event loop."""
+
+    def __init__(
+        self, fleet: Fleet, lookup: PrefixLookup | None = None, draw: Draw = random.randrange
+    ) -> None:
+        """Without `lookup` only what this orchestrator did itself is known."""
+        self.lookup = lookup
+        self._fleet = fleet
+        self._draw = draw
+        self._memory = PrefixMemory()
+
+    async def find(self, job: Job) -> Prefix:
+        """Look up who holds the beginning of a prompt. Waits a few milliseconds at most."""
+        prefix = self.prefix(job)
+        if self.lookup is None or not prefix.hashes:
+            return prefix
+        holders = await self.lookup.holders(prefix.hashes)
+        return prefix if holders is None else replace(prefix, holders=holders, looked_up=True)
+
+    def prefix(self, job: Job) -> Prefix:
+        """What can be said of a prompt without asking anybody."""
+        spec = job.choices[0]
+        if spec.prompt_logprobs is not None:
+            return Prefix()  # All of it is computed in any case.
+        root = chain_root(job.info.model_fingerprint, spec.cache_salt)
+        return Prefix(root, tuple(chain_hashes(root, spec.prompt, HASHED_BLOCKS_MAX)))
+
+    def weigh(
+        self, prefix: Prefix, model: str, prompt_tokens: int, exclude: frozenset[str] = frozenset()
+    ) -> list[Weighed]:
+        """Weigh verifiers for a prompt; the cheapest comes first."""
+        blocks = self._held_blocks(prefix)
+        held = {incarnation: count * BLOCK_TOKENS for incarnation, count in blocks.items()}
+        views = self._fleet.verifier_views(held, self._draw)
+        return weigh_verifiers(views, model, exclude, prompt_tokens)
+
+    def verifier(
+        self, prefix: Prefix, model: str, spec: SessionSpec, exclude: frozenset[str]
+    ) -> Weighed | None:
+        """Choose a verifier for a session, and take note that it computes the prompt."""
+        weighed = self.weigh(prefix, model, len(spec.prompt), exclude)
+        chosen = pick(weighed, self._draw)
+        if chosen is not None:
+            self._remember(prefix.hashes, chosen.view.address)
+            if _log.isEnabledFor(logging.DEBUG):
+                others = [one for one in weighed[:_EXPLAINED_MAX] if one is not chosen]
+                reasons = "; ".join(["chosen: " + str(chosen), *map(str, others)])
+                _log.debug("session %016x, %d verifiers: %s", spec.session, len(weighed), reasons)
+        return chosen
+
+    def drafters(
+        self, verifier: VerifierLink, target: ModelInfo, count: int, exclude: frozenset[str]
+    ) -> list[WorkerView]:
+        """Choose drafters for a session on a verifier."""
+        views = self._fleet.drafter_views(verifier, self._draw)
+        return choose_drafters(views, target, count, exclude)
+
+    def ended(self, prefix: Prefix, spec: SessionSpec, output: list[int], address: str) -> None:
+        """Take note of all that a verifier has computed for a session."""
+        if prefix.root is None:
+            return
+        known = prefix.hashes
+        tokens = [*spec.prompt[len(known) * BLOCK_TOKENS :], *output]
+        parent = known[-1] if known else prefix.root
+        more = chain_hashes(parent, tokens, HASHED_BLOCKS_MAX - len(known))
+        self._remember([*known, *more], address)
+
+    def _remember(self, hashes: Sequence[bytes], address: str) -> None:
+        link = self._fleet.verifiers.get(address)
+        if link is not None and hashes:
+            self._memory.remember(hashes, link.incarnation, time.monotonic())
+
+    def _held_blocks(self, prefix: Prefix) -> dict[str, int]:
+        since_s = time.monotonic() - MEMORY_TRUST_S if prefix.looked_up else -math.inf
+        held = self._memory.holders(prefix.hashes, since_s)
+        for incarnation, count in prefix.holders.items():
+            held[incarnation] = max(count, held.get(incarnation, 0))
+        return held
