@@ -440,7 +440,7 @@ class Driver:
         if verifier is None:
             return
         info = running.generation.info
-        for view in self.placer.drafters(verifier, info, count, exclude):
+        for view in self.placer.drafters(running.prefix, verifier, info, count, exclude):
             running.bindings_made += 1
             if running.trace is not None:
                 expected = round(view.tokens, 2)

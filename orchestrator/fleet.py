@@ -6,8 +6,10 @@ import asyncio
 import itertools
 import logging
 import random
+import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from orchestrator.budgets import expected_tokens
 from orchestrator.placement import Draw, WorkerView, pairing_fault, shortlist
@@ -25,6 +27,9 @@ from outrider.registry import WorkerRecord
 
 SHORTLIST_MAX = 24
 """Workers of a role that are weighed for a session, beside those that hold its beginning."""
+
+_ADDRESSES_S = 1.0
+LinkT = TypeVar("LinkT", VerifierLink, DrafterLink)
 
 _log = logging.getLogger(__name__)
 
@@ -85,6 +90,9 @@ class Fleet:
         self._listener: Listener | None = None
         self._elsewhere: dict[str, Elsewhere] = {}
         """By address."""
+        self._addresses: dict[str, str] = {}
+        """By incarnation, as of a while ago."""
+        self._addresses_due_s = 0.0
         self._closing: set[asyncio.Task[None]] = set()
 
     def start(self, listener: Listener) -> None:
@@ -189,28 +197,71 @@ class Fleet:
         some are among them. It counts only for the incarnation that this orchestrator talks to.
         """
         held_tokens = held_tokens or {}
-        links = list(self.verifiers.values())
-        drawn = {links[index].address for index in shortlist(len(links), SHORTLIST_MAX, draw)}
         return [
             replace(view, held_tokens=held_tokens.get(link.incarnation, 0))
-            for link in links
-            if (link.address in drawn or link.incarnation in held_tokens)
-            and (view := self._view(link)) is not None
+            for link in self._weighed(self.verifiers, held_tokens, draw)
+            if (view := self._view(link)) is not None
         ]
 
     def drafter_views(
-        self, verifier: VerifierLink, draw: Draw = random.randrange
+        self,
+        verifier: VerifierLink,
+        held_tokens: Mapping[str, int] | None = None,
+        draw: Draw = random.randrange,
     ) -> list[WorkerView]:
         """Drafters that take sessions, and what each would win for one more on a verifier.
 
-        Some of them, drawn, in a large fleet.
+        Some of them, drawn, in a large fleet; `held_tokens` as for `verifier_views`.
         """
-        links = list(self.drafters.values())
+        held_tokens = held_tokens or {}
         return [
-            replace(view, tokens=expected_tokens(link.pace_for(verifier), verifier.pace.step_s))
-            for index in shortlist(len(links), SHORTLIST_MAX, draw)
-            if (view := self._view(link := links[index])) is not None
+            replace(
+                view,
+                tokens=expected_tokens(link.pace_for(verifier), verifier.pace.step_s),
+                held_tokens=held_tokens.get(link.incarnation, 0),
+            )
+            for link in self._weighed(self.drafters, held_tokens, draw)
+            if (view := self._view(link)) is not None
         ]
+
+    def _weighed(
+        self, links: Mapping[str, LinkT], incarnations: Iterable[str], draw: Draw
+    ) -> list[LinkT]:
+        """Some links, drawn, and those to these incarnations; without a look at all of them."""
+        everyone = list(links.values())
+        if len(everyone) <= SHORTLIST_MAX:
+            return everyone
+        chosen = {
+            everyone[index].address: everyone[index]
+            for index in shortlist(len(everyone), SHORTLIST_MAX, draw)
+        }
+        for incarnation in incarnations:
+            link = links.get(self._address_of(incarnation))
+            if link is not None and link.incarnation == incarnation:
+                chosen[link.address] = link
+        return list(chosen.values())
+
+    def _address_of(self, incarnation: str) -> str:
+        """Where an incarnation was seen last; empty if nowhere."""
+        now_s = time.monotonic()
+        if incarnation not in self._addresses and now_s >= self._addresses_due_s:
+            self._addresses_due_s = now_s + _ADDRESSES_S
+            links: list[VerifierLink | DrafterLink] = [
+                *self.verifiers.values(),
+                *self.drafters.values(),
+            ]
+            self._addresses = {link.incarnation: link.address for link in links}
+        return self._addresses.get(incarnation, "")
+
+    def draft_fingerprints(self) -> list[str]:
+        """Fingerprints of the draft models that guess; lookup drafters have no KV."""
+        return sorted(
+            {
+                link.info.model_fingerprint
+                for link in self.drafters.values()
+                if link.info is not None and link.info.tokenizer_fingerprint is not None
+            }
+        )
 
     def _view(self, link: VerifierLink | DrafterLink) -> WorkerView | None:
         if link.state is not LinkState.READY or link.info is None:

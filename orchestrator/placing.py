@@ -5,6 +5,7 @@ Redis is asked once, at admission (`find`); from then on all is known here.
 
 from __future__ import annotations
 
+import asyncio
 import logging
 import math
 import random
@@ -17,12 +18,14 @@ from orchestrator.jobs import Job
 from orchestrator.placement import Draw, Weighed, WorkerView, choose_drafters, pick, weigh_verifiers
 from orchestrator.prefix_lookup import PrefixLookup
 from orchestrator.prefix_memory import Prefix, PrefixMemory
-from orchestrator.workers import VerifierLink
+from orchestrator.workers import DrafterLink, VerifierLink
 from outrider.domain import ModelInfo, SessionSpec
 from outrider.kv_blocks import BLOCK_TOKENS, chain_hashes, chain_root
 
 HASHED_BLOCKS_MAX = 1_024
 """Blocks of a text that are hashed; what comes after is not looked for."""
+DRAFT_MODELS_MAX = 2
+"""Draft models for whose KV a text is hashed, too."""
 MEMORY_TRUST_S = 10.0
 """While Redis answers, what it does not know of is believed for so long: it is on its way there."""
 _EXPLAINED_MAX = 3
@@ -47,8 +50,10 @@ class Placer:
         prefix = self.prefix(job)
         if self.lookup is None or not prefix.hashes:
             return prefix
-        holders = await self.lookup.holders(prefix.hashes)
-        return prefix if holders is None else replace(prefix, holders=holders, looked_up=True)
+        texts = [prefix.hashes, *prefix.drafted.values()]
+        answers = await asyncio.gather(*map(self.lookup.holders, texts))
+        holders = {name: count for answer in answers for name, count in (answer or {}).items()}
+        return replace(prefix, holders=holders, looked_up=answers[0] is not None)
 
     def prefix(self, job: Job) -> Prefix:
         """What can be said of a prompt without asking anybody."""
@@ -56,15 +61,24 @@ class Placer:
         if spec.prompt_logprobs is not None:
             return Prefix()  # All of it is computed in any case.
         root = chain_root(job.info.model_fingerprint, spec.cache_salt)
-        return Prefix(root, tuple(chain_hashes(root, spec.prompt, HASHED_BLOCKS_MAX)))
+        drafts = self._fleet.draft_fingerprints() if job.speculation else []
+        return Prefix(
+            root,
+            tuple(chain_hashes(root, spec.prompt, HASHED_BLOCKS_MAX)),
+            drafted={
+                draft: tuple(
+                    chain_hashes(chain_root(draft, spec.cache_salt), spec.prompt, HASHED_BLOCKS_MAX)
+                )
+                for draft in drafts[:DRAFT_MODELS_MAX]
+            },
+        )
 
     def weigh(
         self, prefix: Prefix, model: str, prompt_tokens: int, exclude: frozenset[str] = frozenset()
     ) -> list[Weighed]:
         """Weigh verifiers for a prompt; the cheapest comes first."""
-        blocks = self._held_blocks(prefix)
-        held = {incarnation: count * BLOCK_TOKENS for incarnation, count in blocks.items()}
-        views = self._fleet.verifier_views(held, self._draw)
+        held_tokens = self._held_tokens(prefix, prefix.hashes)
+        views = self._fleet.verifier_views(held_tokens, self._draw)
         return weigh_verifiers(views, model, exclude, prompt_tokens)
 
     def verifier(
@@ -74,7 +88,7 @@ class Placer:
         weighed = self.weigh(prefix, model, len(spec.prompt), exclude)
         chosen = pick(weighed, self._draw)
         if chosen is not None:
-            self._remember(prefix.hashes, chosen.view.address)
+            self._remember(prefix.hashes, self._fleet.verifiers.get(chosen.view.address))
             if _log.isEnabledFor(logging.DEBUG):
                 others = [one for one in weighed[:_EXPLAINED_MAX] if one is not chosen]
                 reasons = "; ".join(["chosen: " + str(chosen), *map(str, others)])
@@ -82,11 +96,23 @@ class Placer:
         return chosen
 
     def drafters(
-        self, verifier: VerifierLink, target: ModelInfo, count: int, exclude: frozenset[str]
+        self,
+        prefix: Prefix,
+        verifier: VerifierLink,
+        target: ModelInfo,
+        count: int,
+        exclude: frozenset[str],
     ) -> list[WorkerView]:
         """Choose drafters for a session on a verifier."""
-        views = self._fleet.drafter_views(verifier, self._draw)
-        return choose_drafters(views, target, count, exclude)
+        held_tokens: dict[str, int] = {}
+        for hashes in prefix.drafted.values():
+            held_tokens |= self._held_tokens(prefix, hashes)
+        views = self._fleet.drafter_views(verifier, held_tokens, self._draw)
+        chosen = choose_drafters(views, target, count, exclude)
+        for view in chosen:
+            hashes = prefix.drafted.get(view.info.model_fingerprint, ())
+            self._remember(hashes, self._fleet.drafters.get(view.address))
+        return chosen
 
     def ended(self, prefix: Prefix, spec: SessionSpec, output: list[int], address: str) -> None:
         """Take note of all that a verifier has computed for a session."""
@@ -96,16 +122,18 @@ class Placer:
         tokens = [*spec.prompt[len(known) * BLOCK_TOKENS :], *output]
         parent = known[-1] if known else prefix.root
         more = chain_hashes(parent, tokens, HASHED_BLOCKS_MAX - len(known))
-        self._remember([*known, *more], address)
+        self._remember([*known, *more], self._fleet.verifiers.get(address))
 
-    def _remember(self, hashes: Sequence[bytes], address: str) -> None:
-        link = self._fleet.verifiers.get(address)
+    def _remember(self, hashes: Sequence[bytes], link: VerifierLink | DrafterLink | None) -> None:
         if link is not None and hashes:
             self._memory.remember(hashes, link.incarnation, time.monotonic())
 
-    def _held_blocks(self, prefix: Prefix) -> dict[str, int]:
+    def _held_tokens(self, prefix: Prefix, hashes: Sequence[bytes]) -> dict[str, int]:
+        """Return by incarnation how much of a text's beginning is held."""
         since_s = time.monotonic() - MEMORY_TRUST_S if prefix.looked_up else -math.inf
-        held = self._memory.holders(prefix.hashes, since_s)
-        for incarnation, count in prefix.holders.items():
-            held[incarnation] = max(count, held.get(incarnation, 0))
-        return held
+        remembered = self._memory.holders(hashes, since_s)
+        return {
+            incarnation: BLOCK_TOKENS
+            * max(remembered.get(incarnation, 0), prefix.holders.get(incarnation, 0))
+            for incarnation in {**remembered, **prefix.holders}
+        }

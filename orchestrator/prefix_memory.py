@@ -23,6 +23,8 @@ class Prefix:
     """What its blocks are chained to; None: it shares nothing."""
     hashes: tuple[bytes, ...] = ()
     """Of its blocks."""
+    drafted: Mapping[str, tuple[bytes, ...]] = field(default_factory=dict)
+    """Of the same blocks under the fingerprints of draft models."""
     holders: Mapping[str, int] = field(default_factory=dict)
     """Blocks by incarnation, as Redis said at admission."""
     looked_up: bool = False
