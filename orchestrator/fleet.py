@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-import random
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
@@ -189,9 +188,9 @@ class Fleet:
         )
 
     def verifier_views(
-        self, held_tokens: Mapping[str, int] | None = None, draw: Draw = random.randrange
+        self, held_tokens: Mapping[str, int] | None = None, draw: Draw | None = None
     ) -> list[WorkerView]:
-        """Verifiers that take sessions: some of them, drawn, in a large fleet.
+        """Verifiers that take sessions; of a large fleet, with `draw`, some that are drawn.
 
         `held_tokens` says by incarnation how much of a text's beginning is held: those who hold
         some are among them. It counts only for the incarnation that this orchestrator talks to.
@@ -207,11 +206,11 @@ class Fleet:
         self,
         verifier: VerifierLink,
         held_tokens: Mapping[str, int] | None = None,
-        draw: Draw = random.randrange,
+        draw: Draw | None = None,
     ) -> list[WorkerView]:
         """Drafters that take sessions, and what each would win for one more on a verifier.
 
-        Some of them, drawn, in a large fleet; `held_tokens` as for `verifier_views`.
+        Arguments are as for `verifier_views`.
         """
         held_tokens = held_tokens or {}
         return [
@@ -225,11 +224,11 @@ class Fleet:
         ]
 
     def _weighed(
-        self, links: Mapping[str, LinkT], incarnations: Iterable[str], draw: Draw
+        self, links: Mapping[str, LinkT], incarnations: Iterable[str], draw: Draw | None
     ) -> list[LinkT]:
         """Some links, drawn, and those to these incarnations; without a look at all of them."""
         everyone = list(links.values())
-        if len(everyone) <= SHORTLIST_MAX:
+        if draw is None or len(everyone) <= SHORTLIST_MAX:
             return everyone
         chosen = {
             everyone[index].address: everyone[index]

@@ -78,8 +78,13 @@ class Placer:
     ) -> list[Weighed]:
         """Weigh verifiers for a prompt; the cheapest comes first."""
         held_tokens = self._held_tokens(prefix, prefix.hashes)
-        views = self._fleet.verifier_views(held_tokens, self._draw)
-        return weigh_verifiers(views, model, exclude, prompt_tokens)
+        for draw in (self._draw, None):
+            views = self._fleet.verifier_views(held_tokens, draw)
+            weighed = weigh_verifiers(views, model, exclude, prompt_tokens)
+            if weighed:
+                break
+            # None of those drawn serves the model, or is up: all are looked at.
+        return weighed
 
     def verifier(
         self, prefix: Prefix, model: str, spec: SessionSpec, exclude: frozenset[str]
@@ -107,8 +112,11 @@ class Placer:
         held_tokens: dict[str, int] = {}
         for hashes in prefix.drafted.values():
             held_tokens |= self._held_tokens(prefix, hashes)
-        views = self._fleet.drafter_views(verifier, held_tokens, self._draw)
-        chosen = choose_drafters(views, target, count, exclude)
+        for draw in (self._draw, None):
+            views = self._fleet.drafter_views(verifier, held_tokens, draw)
+            chosen = choose_drafters(views, target, count, exclude)
+            if chosen:
+                break
         for view in chosen:
             hashes = prefix.drafted.get(view.info.model_fingerprint, ())
             self._remember(hashes, self._fleet.drafters.get(view.address))
