@@ -138,12 +138,13 @@ class _Conversations:
         generation = one.driver.generate(job, prefix)
         answer: list[int] = []
         ttft_s = 0.0
-        async for output in generation.outputs():
-            if isinstance(output, OutriderError):
-                raise output
-            if isinstance(output, Delivery) and output.deliver.token_ids:
-                ttft_s = ttft_s or time.perf_counter() - began_s
-                answer += output.deliver.token_ids
+        while outputs := await generation.take():
+            for output in outputs:
+                if isinstance(output, OutriderError):
+                    raise output
+                if isinstance(output, Delivery) and output.deliver.token_ids:
+                    ttft_s = ttft_s or time.perf_counter() - began_s
+                    answer += output.deliver.token_ids
         address = generation.choices[0].session.verifier or ""
         self.served[address] = self.served.get(address, 0) + 1
         self.generated += len(answer)

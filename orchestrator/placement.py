@@ -64,8 +64,13 @@ class Weighed:
 
     def __str__(self) -> str:
         """For people."""
+        return f"{self.view.address} {self.reason}"
+
+    @property
+    def reason(self) -> str:
+        """What makes up the cost, for people."""
         return (
-            f"{self.view.address} costs {self.cost_tokens:.0f} (holds {self.view.held_tokens} "
+            f"costs {self.cost_tokens:.0f} (holds {self.view.held_tokens} "
             f"tokens, misses {self.missing_tokens}; load {_share(self.view):.2f} counts as "
             f"{self.load_tokens:.0f}, {self.view.rtt_s * 1e3:.1f} ms as {self.rtt_tokens:.0f})"
         )

@@ -16,6 +16,8 @@ from outrider.registry import KvIndex
 IN_FLIGHT_MAX = 32
 TRIAL_INTERVAL_S = 0.1
 """How often a slow Redis is tried."""
+WARNING_INTERVAL_S = 60.0
+"""Who is slow now and then need not be told of each time."""
 
 _log = logging.getLogger(__name__)
 
@@ -28,6 +30,7 @@ class PrefixLookup:
         self._deadline_s = deadline_s
         self._tasks: set[asyncio.Task[Mapping[str, int]]] = set()
         self._tried_s = 0.0
+        self._warn_s = 0.0
         self.slow = False
         """The last lookup was late, or failed."""
         self.asked = 0
@@ -44,12 +47,11 @@ class PrefixLookup:
         if len(self._tasks) >= IN_FLIGHT_MAX or (trial and (self._tasks or not due)):
             self.skipped += 1
             return None
-        self._tried_s = loop.time()
+        started_s = self._tried_s = loop.time()
         self.asked += 1
         task = asyncio.create_task(self._index.holders(hashes))
         self._tasks.add(task)
         task.add_done_callback(lambda task: self._ended(task, loop.time() - started_s))
-        started_s = loop.time()
         if trial:
             return None
         done, _ = await asyncio.wait({task}, timeout=self._deadline_s)
@@ -71,14 +73,16 @@ class PrefixLookup:
         error = task.exception()
         if error is not None or duration_s > self._deadline_s:
             self.late += 1
-            self._set_slow("is slow" if error is None else str(error))
+            self._set_slow("is slow" if error is None else f"does not answer: {error}")
             if error is not None and not isinstance(error, RegistryUnavailable):
                 _log.error("a lookup failed", exc_info=error)
         elif self.slow:
             self.slow = False
-            _log.info("placement: the KV index answers again")
+            _log.debug("the KV index answers again")
 
     def _set_slow(self, reason: str) -> None:
-        if not self.slow:
-            self.slow = True
-            _log.warning("placement goes on without the KV index: %s", reason)
+        self.slow = True
+        now_s = asyncio.get_running_loop().time()
+        if now_s >= self._warn_s:
+            self._warn_s = now_s + WARNING_INTERVAL_S
+            _log.warning("placement goes on without the KV index: Redis %s", reason)
