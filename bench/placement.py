@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import logging
 import random
 import statistics
 import tempfile
@@ -273,6 +274,8 @@ def _results(record: dict[str, Any]) -> list[str]:
 @click.option("--results-dir", type=click.Path(path_type=Path, file_okay=False), default=RESULTS)
 def main(parts: str, quick: bool, seed: int, results_dir: Path) -> None:
     """Measure placement by KV and its index in Redis."""
+    # Whoever reads the results is told that models are synthetic.
+    logging.getLogger("outrider.model").setLevel(logging.ERROR)
     chosen = {part.strip() for part in parts.split(",")}
     if not chosen <= {"placement", "lookups"}:
         raise click.BadParameter("there are placement and lookups", param_hint="--parts")

@@ -118,10 +118,9 @@ def pick(weighed: Sequence[Weighed], draw: Draw) -> Weighed | None:
     equals = sum(one.cost_tokens <= dearest for one in weighed)
     if equals == 1:
         return weighed[0]
-    first = draw(equals)
-    second = draw(equals - 1)
-    # Two different ones; the cheaper is the one that comes first.
-    return weighed[min(first, second + (second >= first))]
+    # The first of two different ones: a second number that is not below the first stands for the
+    # one after it, which is not the first of the two.
+    return weighed[min(draw(equals), draw(equals - 1))]
 
 
 def choose_verifier(
