@@ -1,8 +1,9 @@
 """What the fleets know of each other, in Redis; the only package that knows Redis."""
 
 from outrider.registry.connection import KEY_PREFIX, Connection, redacted
+from outrider.registry.held_blocks import HeldBlocks
 from outrider.registry.kv_index import KvIndex, block_key, holder_field
-from outrider.registry.kv_publisher import HeldBlocks, KvPublisher, published_blocks
+from outrider.registry.kv_publisher import KvPublisher, published_blocks
 from outrider.registry.renewal import Renewal
 from outrider.registry.workers import (
     NAME_CHARACTERS_MAX,

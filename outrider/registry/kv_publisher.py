@@ -1,10 +1,10 @@
 """Which worker holds which blocks of KV, in Redis: the workers' side.
 
-The model's thread notes what it holds and drops (`HeldBlocks`), which costs it a dictionary entry;
+The model's thread notes what it holds and drops (`held_blocks`), which costs it a dictionary entry;
 the event loop tells Redis in batches. Beside the news, everything that is held is told again, a
 slice at a time, within `REANNOUNCE_S`: what got lost, for whatever reason, is back by then. If
 much got lost, slices follow each other quickly: after Redis lost its memory, after an error, or
-when there was more news than `NEWS_MAX`.
+when there was more news than is kept.
 """
 
 from __future__ import annotations
@@ -12,7 +12,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import random
-import threading
 from collections import defaultdict
 from collections.abc import AsyncIterator, Iterator
 from dataclasses import dataclass, field
@@ -22,6 +21,7 @@ from redis.exceptions import RedisError
 
 from outrider.errors import RegistryUnavailable
 from outrider.registry.connection import KEY_PREFIX, Connection
+from outrider.registry.held_blocks import HeldBlocks
 from outrider.registry.kv_index import HOLDERS_MAX, block_key, holder_field
 from outrider.registry.renewal import Renewal
 
@@ -33,8 +33,6 @@ PUBLISH_INTERVAL_S: Final = 0.1
 MARKER_INTERVAL_S: Final = 2.0
 """How often an idle worker looks whether Redis still knows what it was told."""
 RETRY_INTERVAL_S: Final = 1.0
-NEWS_MAX: Final = 65_536
-"""Changes that wait for Redis; if there are more, all that is held is told again instead."""
 BATCH_MAX: Final = 2_048
 """Blocks told of at once."""
 
@@ -74,92 +72,6 @@ for _, key in ipairs(KEYS) do
 end
 return pruned
 """
-
-
-@dataclass(frozen=True, slots=True)
-class News:
-    """What to tell: hashes of blocks, each with the hash of its text's first block."""
-
-    held: dict[bytes, bytes]
-    dropped: dict[bytes, bytes]
-
-
-class HeldBlocks:
-    """What a worker holds, and what of it Redis has not been told yet. For any thread.
-
-    A `kv_blocks.BlockListener`.
-    """
-
-    def __init__(self, news_max: int = NEWS_MAX) -> None:
-        self._news_max = news_max
-        self._lock = threading.Lock()
-        self._held: dict[bytes, bytes] = {}
-        """Hash of each block to that of its text's first block; oldest news first."""
-        self._new: dict[bytes, None] = {}
-        self._gone: dict[bytes, bytes] = {}
-        self.overflowed = False
-        """News was lost; whoever tells Redis everything again sets it back."""
-
-    def __len__(self) -> int:
-        return len(self._held)
-
-    def held(self, digest: bytes, first: bytes) -> None:
-        """A block is held from now on."""
-        with self._lock:
-            self._held[digest] = first
-            self._gone.pop(digest, None)
-            self._new[digest] = None
-            self._bound()
-
-    def dropped(self, digest: bytes) -> None:
-        """A block is held no longer."""
-        with self._lock:
-            first = self._held.pop(digest, None)
-            if first is None:
-                return
-            self._new.pop(digest, None)
-            self._gone[digest] = first
-            self._bound()
-
-    def take(self, count: int) -> News:
-        """Take up to `count` pieces of news, drops first: they mislead."""
-        with self._lock:
-            dropped = _pop(self._gone, count)
-            new = _pop(self._new, count - len(dropped))
-            return News({digest: self._held[digest] for digest in new}, dropped)
-
-    def give_back(self, news: News) -> None:
-        """Take drops again that could not be told."""
-        with self._lock:
-            for digest, first in news.dropped.items():
-                if digest not in self._held:
-                    self._gone[digest] = first
-            self._bound()
-
-    def everything(self) -> list[bytes]:
-        """Return the hashes of all that is held."""
-        with self._lock:
-            return list(self._held)
-
-    def still_held(self, digests: list[bytes]) -> dict[bytes, bytes]:
-        """Return those that are still held, with the hash of the text's first block."""
-        with self._lock:
-            return {digest: self._held[digest] for digest in digests if digest in self._held}
-
-    def _bound(self) -> None:
-        if len(self._new) + len(self._gone) > self._news_max:
-            # Blocks that were dropped unheard of mislead until they expire: that costs a hit.
-            self._new.clear()
-            self._gone.clear()
-            self.overflowed = True
-
-
-def _pop(news: dict[bytes, Any], count: int) -> dict[bytes, Any]:
-    return {digest: news.pop(digest) for digest in list(_first(news, count))}
-
-
-def _first(news: dict[bytes, Any], count: int) -> Iterator[bytes]:
-    return (digest for digest, _ in zip(news, range(count), strict=False))
 
 
 @dataclass(slots=True)
