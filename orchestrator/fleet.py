@@ -24,7 +24,7 @@ from outrider.domain import TARGET_SOURCE, ModelInfo
 from outrider.errors import Mismatch
 from outrider.registry import WorkerRecord
 
-SHORTLIST_MAX = 24
+SHORTLIST_MAX = 16
 """Workers of a role that are weighed for a session, beside those that hold its beginning."""
 
 _ADDRESSES_S = 1.0
@@ -196,11 +196,11 @@ class Fleet:
         some are among them. It counts only for the incarnation that this orchestrator talks to.
         """
         held_tokens = held_tokens or {}
-        return [
-            replace(view, held_tokens=held_tokens.get(link.incarnation, 0))
+        views = (
+            self._view(link, held_tokens)
             for link in self._weighed(self.verifiers, held_tokens, draw)
-            if (view := self._view(link)) is not None
-        ]
+        )
+        return [view for view in views if view is not None]
 
     def drafter_views(
         self,
@@ -214,13 +214,9 @@ class Fleet:
         """
         held_tokens = held_tokens or {}
         return [
-            replace(
-                view,
-                tokens=expected_tokens(link.pace_for(verifier), verifier.pace.step_s),
-                held_tokens=held_tokens.get(link.incarnation, 0),
-            )
+            replace(view, tokens=expected_tokens(link.pace_for(verifier), verifier.pace.step_s))
             for link in self._weighed(self.drafters, held_tokens, draw)
-            if (view := self._view(link)) is not None
+            if (view := self._view(link, held_tokens)) is not None
         ]
 
     def _weighed(
@@ -262,7 +258,9 @@ class Fleet:
             }
         )
 
-    def _view(self, link: VerifierLink | DrafterLink) -> WorkerView | None:
+    def _view(
+        self, link: VerifierLink | DrafterLink, held_tokens: Mapping[str, int]
+    ) -> WorkerView | None:
         if link.state is not LinkState.READY or link.info is None:
             return None
         elsewhere = self._elsewhere.get(link.address)
@@ -280,6 +278,7 @@ class Fleet:
             rtt_s=link.rtt_s,
             kv_share=elsewhere.kv_share,
             waiting=step is not None and step.waiting > 0,
+            held_tokens=held_tokens.get(link.incarnation, 0),
         )
 
     def models(self) -> dict[str, ModelInfo]:

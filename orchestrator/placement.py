@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import NamedTuple, TypeAlias
 
 from outrider.domain import ModelInfo
 
@@ -48,19 +48,15 @@ class WorkerView:
     """Of the beginning of this text that it holds."""
 
 
-@dataclass(frozen=True, slots=True)
-class Weighed:
+class Weighed(NamedTuple):
     """A verifier and what choosing it would cost, in tokens of prefill."""
 
+    cost_tokens: float
+    """All of what follows."""
     view: WorkerView
     missing_tokens: int
     load_tokens: float
     rtt_tokens: float
-
-    @property
-    def cost_tokens(self) -> float:
-        """All together."""
-        return self.missing_tokens + self.load_tokens + self.rtt_tokens
 
     def __str__(self) -> str:
         """For people."""
@@ -98,16 +94,19 @@ def weigh_verifiers(
 ) -> list[Weighed]:
     """Weigh the verifiers of a model for a prompt; the cheapest comes first."""
     weighed = [
-        Weighed(
-            view,
-            missing_tokens=max(0, prompt_tokens - view.held_tokens),
-            load_tokens=_load_tokens(view),
-            rtt_tokens=view.rtt_s * RTT_TOKENS_PER_S,
-        )
+        _weigh(view, prompt_tokens)
         for view in views
         if view.info.model == model and view.address not in exclude
     ]
     return sorted(weighed, key=lambda one: (one.cost_tokens, one.view.address))
+
+
+def _weigh(view: WorkerView, prompt_tokens: int) -> Weighed:
+    missing_tokens = max(0, prompt_tokens - view.held_tokens)
+    load_tokens = _load_tokens(view)
+    rtt_tokens = view.rtt_s * RTT_TOKENS_PER_S
+    cost_tokens = missing_tokens + load_tokens + rtt_tokens
+    return Weighed(cost_tokens, view, missing_tokens, load_tokens, rtt_tokens)
 
 
 def pick(weighed: Sequence[Weighed], draw: Draw) -> Weighed | None:

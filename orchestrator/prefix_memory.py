@@ -46,9 +46,13 @@ class PrefixMemory:
         """Take note that a worker computes a text's blocks."""
         # The first block last, so that the end of a text is forgotten before its beginning.
         for digest in reversed(hashes):
-            holders = self._holders.setdefault(digest, {})
+            holders = self._holders.get(digest)
+            if holders is None:
+                self._holders[digest] = {incarnation: now_s}
+                continue
             self._holders.move_to_end(digest)
-            holders.pop(incarnation, None)
+            if len(holders) > 1:
+                holders.pop(incarnation, None)
             holders[incarnation] = now_s
             if len(holders) > HOLDERS_MAX:
                 del holders[next(iter(holders))]

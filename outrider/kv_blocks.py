@@ -10,6 +10,7 @@ go first.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
 from typing import Protocol
@@ -45,7 +46,8 @@ def shareable_blocks(tokens: int) -> int:
 def chain_hashes(root: bytes, tokens: Sequence[int], blocks_max: int) -> list[bytes]:
     """Return the hashes of a text's blocks that may be shared, `blocks_max` of them at most."""
     count = min(shareable_blocks(len(tokens)), blocks_max)
-    ids = np.asarray(tokens[: count * BLOCK_TOKENS], dtype="<u4").tobytes()
+    begin = tokens[: count * BLOCK_TOKENS]
+    ids = struct.pack(f"<{len(begin)}I", *begin)
     block_bytes = 4 * BLOCK_TOKENS
     hashes: list[bytes] = []
     parent = root
