@@ -46,8 +46,8 @@ def shareable_blocks(tokens: int) -> int:
 def chain_hashes(root: bytes, tokens: Sequence[int], blocks_max: int) -> list[bytes]:
     """Return the hashes of a text's blocks that may be shared, `blocks_max` of them at most."""
     count = min(shareable_blocks(len(tokens)), blocks_max)
-    begin = tokens[: count * BLOCK_TOKENS]
-    ids = struct.pack(f"<{len(begin)}I", *begin)
+    shared = tokens[: count * BLOCK_TOKENS]
+    ids = struct.pack(f"<{len(shared)}I", *shared)
     block_bytes = 4 * BLOCK_TOKENS
     hashes: list[bytes] = []
     parent = root
