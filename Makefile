@@ -11,7 +11,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test fuzz demo serve bench bench-verifier bench-pipeline peers clean lock
+.PHONY: help install proto format lint test fuzz demo serve bench bench-verifier bench-pipeline bench-placement peers clean lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -68,6 +68,9 @@ bench-verifier: install ## Measure the verifier beside its peers (BENCH_ARGS="--
 
 bench-pipeline: install ## Measure pipelining over emulated links (BENCH_ARGS="--quick --parts rtt,fleet")
 	@$(BIN)/python -m bench.pipeline $(BENCH_ARGS)
+
+bench-placement: install ## Measure placement by KV and its index in Redis (BENCH_ARGS="--quick")
+	@$(BIN)/python -m bench.placement $(BENCH_ARGS)
 
 peers: .peers/vllm/.installed ## Install the benchmarks' peers, each into an environment of its own
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from drafter_service.config import DrafterConfig
@@ -12,7 +14,8 @@ from drafter_service.growing import Grower
 from drafter_service.proposers.base import Proposer
 from drafter_service.proposers.lookup import LookupProposer
 from drafter_service.service import SERVICE_NAMES, DrafterService
-from outrider.registry import WorkerRecord, published
+from outrider.kv_blocks import BlockPool
+from outrider.registry import HeldBlocks, WorkerRecord, published, published_blocks
 from outrider.serving.server import Server
 from outrider.serving.worker_main import serve_until_stopped
 
@@ -23,7 +26,8 @@ async def serve(config: DrafterConfig) -> None:
     """Run until asked to stop. Raises `ModelLoadError` or `ConfigError` at start."""
     # One thread for loading and stepping; outrider.model.threads says why.
     thread = ThreadPoolExecutor(1, thread_name_prefix="proposer")
-    proposer = await asyncio.get_running_loop().run_in_executor(thread, _proposer, config)
+    loop = asyncio.get_running_loop()
+    proposer, pool = await loop.run_in_executor(thread, _proposer, config)
     info = proposer.info
     _log.info("proposer %s, model %s", info.proposer, info.model)
     incarnation = secrets.token_hex(16)
@@ -32,6 +36,9 @@ async def serve(config: DrafterConfig) -> None:
     )
     grower = Grower(proposer, config.growing, service.emit)
     service.attach(grower)
+    blocks = HeldBlocks()
+    if config.redis_url is not None and pool is not None:
+        pool.listener = blocks
     grower.start(thread)
     server = Server(SERVICE_NAMES, host=config.host, port=config.port)
     service.register(server)
@@ -46,13 +53,25 @@ async def serve(config: DrafterConfig) -> None:
             model_fingerprint=info.model_fingerprint,
             capacity=config.growing.sessions_max,
             load=grower.load,
-            state="ready",
+            state="draining" if service.draining else "ready",
+            tokenizer_fingerprint=info.tokenizer_fingerprint or "",
         )
+
+    @contextlib.asynccontextmanager
+    async def publish(address: str) -> AsyncIterator[None]:
+        url, worker = config.redis_url, config.worker_id
+        async with (
+            published(url, lambda: record(address)),
+            published_blocks(
+                None if pool is None else url, blocks, worker=worker, incarnation=incarnation
+            ),
+        ):
+            yield
 
     try:
         await serve_until_stopped(
             server,
-            publish=lambda address: published(config.redis_url, lambda: record(address)),
+            publish=publish,
             drain=service.drain,
             load=lambda: 0,  # mirrors are disposable: nothing to wait for
             drain_s=config.drain_s,
@@ -61,13 +80,14 @@ async def serve(config: DrafterConfig) -> None:
         grower.stop()
 
 
-def _proposer(config: DrafterConfig) -> Proposer:
+def _proposer(config: DrafterConfig) -> tuple[Proposer, BlockPool | None]:
+    """Return what guesses, and the books of its KV if it has any."""
     if config.proposer == "lookup" or config.model is None:
-        return LookupProposer()
+        return LookupProposer(), None
     # Imported only here: a lookup drafter runs without torch.
     from drafter_service.proposers.language_model import load_language_model_proposer
 
-    return load_language_model_proposer(
+    proposer = load_language_model_proposer(
         config.model,
         dtype=config.dtype,
         quantize=config.quantize,
@@ -78,3 +98,4 @@ def _proposer(config: DrafterConfig) -> Proposer:
         leaves_max=config.leaves_max,
         kv_tokens_max=config.kv_tokens_max,
     )
+    return proposer, proposer.blocks

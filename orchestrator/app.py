@@ -9,8 +9,10 @@ from collections.abc import AsyncIterator
 from orchestrator.config import OrchestratorConfig
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
+from orchestrator.placing import Placer
+from orchestrator.prefix_lookup import PrefixLookup
 from orchestrator.service import SERVICE_NAMES, GenerationService
-from outrider.registry import Connection, Registry, WorkerRecord, WorkerWatch
+from outrider.registry import Connection, KvIndex, Registry, WorkerRecord, WorkerWatch
 from outrider.serving.server import Server, stop_requested
 
 _STREAMS_GRACE_S = 0.5
@@ -21,12 +23,16 @@ _log = logging.getLogger(__name__)
 async def serve(config: OrchestratorConfig) -> None:
     """Run until asked to stop. Raises `ConfigError` at start."""
     fleet = Fleet(config.name, verifiers=config.verifiers, drafters=config.drafters)
-    driver = Driver(fleet, config.driver)
+    connection = Connection(config.redis_url) if config.redis_url is not None else None
+    lookup = None
+    if connection is not None:
+        lookup = PrefixLookup(KvIndex(connection), config.driver.prefix_lookup_s)
+    driver = Driver(fleet, config.driver, Placer(fleet, lookup))
     server = Server(SERVICE_NAMES, host=config.host, port=config.port)
     GenerationService(driver, fleet, config.driver).register(server)
     driver.start()
     try:
-        async with _discovery(config.redis_url, fleet):
+        async with _discovery(connection, fleet):
             address = await server.start()
             await server.set_ready(True)
             _log.info("listening on %s", address)
@@ -36,13 +42,17 @@ async def serve(config: OrchestratorConfig) -> None:
     finally:
         await server.stop(_STREAMS_GRACE_S)
         await driver.close()
+        if lookup is not None:
+            await lookup.close()
+        if connection is not None:
+            await connection.close()
     _log.info("stopped")
 
 
 @contextlib.asynccontextmanager
-async def _discovery(url: str | None, fleet: Fleet) -> AsyncIterator[None]:
+async def _discovery(connection: Connection | None, fleet: Fleet) -> AsyncIterator[None]:
     """Follow the registry while the context lasts."""
-    if url is None:
+    if connection is None:
         yield
         return
 
@@ -51,10 +61,7 @@ async def _discovery(url: str | None, fleet: Fleet) -> AsyncIterator[None]:
             verifiers=[r.address for r in records if r.role == "verifier"],
             drafters=[r.address for r in records if r.role == "drafter"],
         )
+        fleet.note(records)
 
-    connection = Connection(url)
-    try:
-        async with WorkerWatch(Registry(connection), report):
-            yield
-    finally:
-        await connection.close()
+    async with WorkerWatch(Registry(connection), report):
+        yield

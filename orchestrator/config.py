@@ -25,6 +25,8 @@ class DriverConfig:
     verifier_timeout_s: float = 60.0
     """Without a commit for this long, the verifier counts as lost."""
     sweep_interval_s: float = 0.5
+    prefix_lookup_s: float = 0.005
+    """Admission waits so long for Redis to say who holds a prompt's beginning."""
     prompt_bytes_max: int = 4 * 1024 * 1024
     stop_strings_max: int = 16
     stop_bytes_max: int = 1_024

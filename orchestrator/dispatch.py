@@ -85,6 +85,7 @@ class Dispatch:
                 tokenizer_fingerprint=info.tokenizer_fingerprint or "",
                 vocabulary_size=info.vocabulary_size,
                 budget=budget,
+                cache_salt=spec.cache_salt,
             )
         )
 

@@ -51,7 +51,8 @@ from orchestrator.messages import (
     UnbindDrafter,
     VerifierLost,
 )
-from orchestrator.placement import choose_drafters, choose_verifier
+from orchestrator.placing import Placer
+from orchestrator.prefix_memory import Prefix
 from orchestrator.session import Session, State
 from orchestrator.text import TextStream
 from orchestrator.tracing import SessionTrace
@@ -76,8 +77,10 @@ _log = logging.getLogger(__name__)
 class Driver:
     """Owner of all sessions of this orchestrator."""
 
-    def __init__(self, fleet: Fleet, config: DriverConfig) -> None:
+    def __init__(self, fleet: Fleet, config: DriverConfig, placer: Placer | None = None) -> None:
+        """Without a `placer`, sessions are placed by what this orchestrator knows itself."""
         self._fleet = fleet
+        self.placer = placer or Placer(fleet)
         self._config = config
         self._running: dict[int, Running] = {}
         self._dispatch = Dispatch(fleet, config.budget_limits)
@@ -122,8 +125,11 @@ class Driver:
 
     # --- requests ---
 
-    def generate(self, job: Job) -> Generation:
-        """Start a generation. Raises `Exhausted` or `Unavailable`."""
+    def generate(self, job: Job, prefix: Prefix | None = None) -> Generation:
+        """Start a generation. Raises `Exhausted` or `Unavailable`.
+
+        `prefix` is what `placer.find` found out about the job's prompt.
+        """
         if self._draining:
             raise Unavailable("the orchestrator is draining; ask another replica")
         wanted = len(job.choices)
@@ -132,6 +138,7 @@ class Driver:
                 f"the orchestrator has {len(self._running)} of its {self._config.sessions_max} "
                 f"sessions and was asked for {wanted} more; try again later"
             )
+        prefix = prefix or self.placer.prefix(job)
         now_s = time.monotonic()
         generation = Generation(job.info, now_s, prompt_wanted=job.prompt_logprobs)
         generation.choices += [
@@ -141,6 +148,7 @@ class Driver:
                 session,
                 heard_s=now_s,
                 progress_s=now_s,
+                prefix=prefix,
                 trace=SessionTrace(now_s) if job.trace else None,
             )
             for choice, session in enumerate(self._sessions(job))
@@ -410,25 +418,29 @@ class Driver:
         verifier = self._fleet.verifiers.get(running.session.verifier or "")
         if verifier is not None:
             verifier.sessions.discard(running.number)
+            session = running.session
+            self.placer.ended(running.prefix, session.spec, session.output, verifier.address)
         if self._idle is not None and not self._running:
             self._idle.set()
 
     def _place(self, running: Running, exclude: frozenset[str]) -> None:
-        model = running.generation.info.model
-        view = choose_verifier(self._fleet.verifier_views(), model, exclude)
+        model, spec = running.generation.info.model, running.session.spec
+        chosen = self.placer.verifier(running.prefix, model, spec, exclude)
         now_s = time.monotonic()
         running.heard_s = running.progress_s = now_s
-        if view is None:
+        if chosen is None:
             self._step(running, NotPlaced(f"no verifier for {model} has room; try again later"))
-        else:
-            self._step(running, Placed(view.address))
+            return
+        if running.trace is not None:
+            running.trace.decided(now_s, "verifier chosen", why=str(chosen))
+        self._step(running, Placed(chosen.view.address))
 
     def _attach(self, running: Running, count: int, exclude: frozenset[str]) -> None:
-        info = running.generation.info
         verifier = self._fleet.verifiers.get(running.session.verifier or "")
         if verifier is None:
             return
-        for view in choose_drafters(self._fleet.drafter_views(verifier), info, count, exclude):
+        info = running.generation.info
+        for view in self.placer.drafters(running.prefix, verifier, info, count, exclude):
             running.bindings_made += 1
             if running.trace is not None:
                 expected = round(view.tokens, 2)

@@ -5,11 +5,13 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from orchestrator.budgets import expected_tokens
-from orchestrator.placement import WorkerView, pairing_fault
+from orchestrator.placement import Draw, WorkerView, pairing_fault, shortlist
 from orchestrator.text import TextCodec
 from orchestrator.workers import (
     DrafterBatch,
@@ -20,6 +22,13 @@ from orchestrator.workers import (
 )
 from outrider.domain import TARGET_SOURCE, ModelInfo
 from outrider.errors import Mismatch
+from outrider.registry import WorkerRecord
+
+SHORTLIST_MAX = 16
+"""Workers of a role that are weighed for a session, beside those that hold its beginning."""
+
+_ADDRESSES_S = 1.0
+LinkT = TypeVar("LinkT", VerifierLink, DrafterLink)
 
 _log = logging.getLogger(__name__)
 
@@ -32,6 +41,18 @@ class Listener:
     verifier_batch: Callable[[VerifierLink, VerifierBatch], None]
     drafter_changed: Callable[[DrafterLink], None]
     drafter_batch: Callable[[DrafterLink, DrafterBatch], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Elsewhere:
+    """What a worker says in the registry, of which this orchestrator sees only a part."""
+
+    incarnation: str
+    sessions: int = 0
+    """Of other orchestrators."""
+    kv_share: float = 0.0
+    """Of its KV in use; 0 if not known."""
+    draining: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -66,6 +87,11 @@ class Fleet:
         self._sources = itertools.count(TARGET_SOURCE + 1)
         self._codecs: dict[str, TextCodec] = {}
         self._listener: Listener | None = None
+        self._elsewhere: dict[str, Elsewhere] = {}
+        """By address."""
+        self._addresses: dict[str, str] = {}
+        """By incarnation, as of a while ago."""
+        self._addresses_due_s = 0.0
         self._closing: set[asyncio.Task[None]] = set()
 
     def start(self, listener: Listener) -> None:
@@ -141,25 +167,127 @@ class Fleet:
         assert info.tokenizer_fingerprint is not None, "links check it before they are ready"
         return self._codecs[info.tokenizer_fingerprint]
 
-    def verifier_views(self) -> list[WorkerView]:
-        """Verifiers that take sessions."""
-        return _views(self.verifiers.values())
+    def note(self, records: Iterable[WorkerRecord]) -> None:
+        """Take over what the registry says of the workers' load."""
+        self._elsewhere = {
+            record.address: self._seen_elsewhere(record, links.get(record.address))
+            for record in records
+            for links in (self.verifiers if record.role == "verifier" else self.drafters,)
+        }
 
-    def drafter_views(self, verifier: VerifierLink) -> list[WorkerView]:
-        """Drafters that take sessions, and what each would win for one more on a verifier."""
+    def _seen_elsewhere(
+        self, record: WorkerRecord, link: VerifierLink | DrafterLink | None
+    ) -> Elsewhere:
+        own = len(link.sessions) if link is not None else 0
+        return Elsewhere(
+            record.incarnation,
+            # Ours are counted here, where they are known at once.
+            sessions=max(0, record.load - own),
+            kv_share=record.kv_tokens_used / max(1, record.kv_tokens_max),
+            draining=record.state == "draining",
+        )
+
+    def verifier_views(
+        self, held_tokens: Mapping[str, int] | None = None, draw: Draw | None = None
+    ) -> list[WorkerView]:
+        """Verifiers that take sessions; of a large fleet, with `draw`, some that are drawn.
+
+        `held_tokens` says by incarnation how much of a text's beginning is held: those who hold
+        some are among them. It counts only for the incarnation that this orchestrator talks to.
+        """
+        held_tokens = held_tokens or {}
+        views = (
+            self._view(link, held_tokens)
+            for link in self._weighed(self.verifiers, held_tokens, draw)
+        )
+        return [view for view in views if view is not None]
+
+    def drafter_views(
+        self,
+        verifier: VerifierLink,
+        held_tokens: Mapping[str, int] | None = None,
+        draw: Draw | None = None,
+    ) -> list[WorkerView]:
+        """Drafters that take sessions, and what each would win for one more on a verifier.
+
+        Arguments are as for `verifier_views`.
+        """
+        held_tokens = held_tokens or {}
         return [
-            replace(
-                view,
-                tokens=expected_tokens(
-                    self.drafters[view.address].pace_for(verifier), verifier.pace.step_s
-                ),
-            )
-            for view in _views(self.drafters.values())
+            replace(view, tokens=expected_tokens(link.pace_for(verifier), verifier.pace.step_s))
+            for link in self._weighed(self.drafters, held_tokens, draw)
+            if (view := self._view(link, held_tokens)) is not None
         ]
+
+    def _weighed(
+        self, links: Mapping[str, LinkT], incarnations: Iterable[str], draw: Draw | None
+    ) -> list[LinkT]:
+        """Some links, drawn, and those to these incarnations; without a look at all of them."""
+        everyone = list(links.values())
+        if draw is None or len(everyone) <= SHORTLIST_MAX:
+            return everyone
+        chosen = {
+            everyone[index].address: everyone[index]
+            for index in shortlist(len(everyone), SHORTLIST_MAX, draw)
+        }
+        for incarnation in incarnations:
+            link = links.get(self._address_of(incarnation))
+            if link is not None and link.incarnation == incarnation:
+                chosen[link.address] = link
+        return list(chosen.values())
+
+    def _address_of(self, incarnation: str) -> str:
+        """Where an incarnation was seen last; empty if nowhere."""
+        now_s = time.monotonic()
+        if incarnation not in self._addresses and now_s >= self._addresses_due_s:
+            self._addresses_due_s = now_s + _ADDRESSES_S
+            links: list[VerifierLink | DrafterLink] = [
+                *self.verifiers.values(),
+                *self.drafters.values(),
+            ]
+            self._addresses = {link.incarnation: link.address for link in links}
+        return self._addresses.get(incarnation, "")
+
+    def draft_fingerprints(self) -> list[str]:
+        """Fingerprints of the draft models that guess; lookup drafters have no KV."""
+        return sorted(
+            {
+                link.info.model_fingerprint
+                for link in self.drafters.values()
+                if link.info is not None and link.info.tokenizer_fingerprint is not None
+            }
+        )
+
+    def _view(
+        self, link: VerifierLink | DrafterLink, held_tokens: Mapping[str, int]
+    ) -> WorkerView | None:
+        if link.state is not LinkState.READY or link.info is None:
+            return None
+        elsewhere = self._elsewhere.get(link.address)
+        if elsewhere is None or elsewhere.incarnation != link.incarnation:
+            elsewhere = Elsewhere(link.incarnation)
+        if elsewhere.draining:
+            return None
+        # What an idle verifier reported last is of its busy time.
+        step = link.step if isinstance(link, VerifierLink) and link.sessions else None
+        return WorkerView(
+            link.address,
+            link.info,
+            len(link.sessions) + elsewhere.sessions,
+            link.sessions_max,
+            rtt_s=link.rtt_s,
+            kv_share=elsewhere.kv_share,
+            waiting=step is not None and step.waiting > 0,
+            held_tokens=held_tokens.get(link.incarnation, 0),
+        )
 
     def models(self) -> dict[str, ModelInfo]:
         """Models that can be asked for, by name."""
-        return {view.info.model: view.info for view in self.verifier_views()}
+        return {
+            link.info.model: link.info
+            for link in self.verifiers.values()
+            if link.state is LinkState.READY and link.info is not None
+        }
 
     def refusal(self, drafter: ModelInfo) -> str | None:
         """Why a drafter fits none of the targets that are there, or None."""
@@ -195,11 +323,3 @@ class Fleet:
             kv_tokens_used=step.kv_tokens_used if step else 0,
             waiting=step.waiting if step else 0,
         )
-
-
-def _views(links: Iterable[VerifierLink | DrafterLink]) -> list[WorkerView]:
-    return [
-        WorkerView(link.address, link.info, len(link.sessions), link.sessions_max)
-        for link in links
-        if link.state is LinkState.READY and link.info is not None
-    ]

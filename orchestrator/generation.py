@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 from orchestrator.engagement import Engagement
 from orchestrator.messages import Deliver, DeliverPrompt, Finish
+from orchestrator.prefix_memory import Prefix
 from orchestrator.session import Session, State
 from orchestrator.tracing import SessionTrace
 from outrider.domain import Commit, DraftBudget, ModelInfo
@@ -59,6 +60,8 @@ class Running:
     budgets: dict[int, DraftBudget] = field(default_factory=dict)
     """What the drafters were told, by binding."""
     engagement: Engagement = field(default_factory=Engagement)
+    prefix: Prefix = field(default_factory=Prefix)
+    """What is known of who holds its prompt."""
     trace: SessionTrace | None = None
     """Timeline, if the request asked for one."""
     commit_bytes: bytes = b""

@@ -1,11 +1,30 @@
-"""Which workers serve a session. Pure: a function of what is known about the fleets."""
+"""Which workers serve a session. Pure: a function of what is known about the fleets.
+
+Everything is weighed in one currency, tokens of prefill: what is missing of the prompt, what the
+verifier's load will cost, what its distance costs. Prefix hits against load, as in Preble (arXiv
+2407.00023) and Mooncake (arXiv 2407.00079). Among equals the better of two drawn at random is taken
+(power of two choices; Mitzenmacher 2001), so that orchestrators that know the same do not all
+choose the same.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple, TypeAlias
 
 from outrider.domain import ModelInfo
+
+LOAD_TOKENS = 512.0
+"""What a half-full verifier costs; an almost full one costs twenty times as much."""
+LOAD_SLACK_MIN = 0.05
+RTT_TOKENS_PER_S = 5_000.0
+"""A millisecond away is as bad as so many thousandths of these tokens to prefill."""
+TIE_TOKENS = 32.0
+"""Verifiers whose costs differ by less are equals: a block more or less decides nothing."""
+
+Draw: TypeAlias = Callable[[int], int]
+"""Draws a number below the given one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -15,10 +34,42 @@ class WorkerView:
     address: str
     info: ModelInfo
     sessions: int
-    """Sessions that this orchestrator has on it."""
+    """Sessions on it, those of other orchestrators included as far as known."""
     sessions_max: int
     tokens: float = 1.0
     """Of a drafter: what a verify step of one more session is expected to commit with it."""
+    rtt_s: float = 0.0
+    """To the worker and back."""
+    kv_share: float = 0.0
+    """Of its KV in use; 0 if not known."""
+    waiting: bool = False
+    """Sessions wait for KV there."""
+    held_tokens: int = 0
+    """Of the beginning of this text that it holds."""
+
+
+class Weighed(NamedTuple):
+    """A verifier and what choosing it would cost, in tokens of prefill."""
+
+    cost_tokens: float
+    """All of what follows."""
+    view: WorkerView
+    missing_tokens: int
+    load_tokens: float
+    rtt_tokens: float
+
+    def __str__(self) -> str:
+        """For people."""
+        return f"{self.view.address} {self.reason}"
+
+    @property
+    def reason(self) -> str:
+        """What makes up the cost, for people."""
+        return (
+            f"costs {self.cost_tokens:.0f} (holds {self.view.held_tokens} "
+            f"tokens, misses {self.missing_tokens}; load {_share(self.view):.2f} counts as "
+            f"{self.load_tokens:.0f}, {self.view.rtt_s * 1e3:.1f} ms as {self.rtt_tokens:.0f})"
+        )
 
 
 def pairing_fault(target: ModelInfo, drafter: ModelInfo) -> str | None:
@@ -38,12 +89,49 @@ def pairing_fault(target: ModelInfo, drafter: ModelInfo) -> str | None:
     return None
 
 
+def weigh_verifiers(
+    views: Sequence[WorkerView], model: str, exclude: Collection[str], prompt_tokens: int
+) -> list[Weighed]:
+    """Weigh the verifiers of a model for a prompt; the cheapest comes first."""
+    weighed = [
+        _weigh(view, prompt_tokens)
+        for view in views
+        if view.info.model == model and view.address not in exclude
+    ]
+    return sorted(weighed, key=lambda one: (one.cost_tokens, one.view.address))
+
+
+def _weigh(view: WorkerView, prompt_tokens: int) -> Weighed:
+    missing_tokens = max(0, prompt_tokens - view.held_tokens)
+    load_tokens = _load_tokens(view)
+    rtt_tokens = view.rtt_s * RTT_TOKENS_PER_S
+    cost_tokens = missing_tokens + load_tokens + rtt_tokens
+    return Weighed(cost_tokens, view, missing_tokens, load_tokens, rtt_tokens)
+
+
+def pick(weighed: Sequence[Weighed], draw: Draw) -> Weighed | None:
+    """Choose among weighed verifiers, the cheapest first."""
+    if not weighed:
+        return None
+    dearest = weighed[0].cost_tokens + TIE_TOKENS
+    equals = sum(one.cost_tokens <= dearest for one in weighed)
+    if equals == 1:
+        return weighed[0]
+    # The first of two different ones: a second number that is not below the first stands for the
+    # one after it, which is not the first of the two.
+    return weighed[min(draw(equals), draw(equals - 1))]
+
+
 def choose_verifier(
     views: Sequence[WorkerView], model: str, exclude: Collection[str]
 ) -> WorkerView | None:
-    """The least loaded verifier of a model, by share of its sessions in use."""
-    fitting = [v for v in views if v.info.model == model and v.address not in exclude]
-    return min(fitting, key=_load, default=None)
+    """The cheapest verifier of a model for a short prompt: the least loaded, if all are near."""
+    fitting = (v for v in views if v.info.model == model and v.address not in exclude)
+    return min(
+        fitting,
+        key=lambda view: (_load_tokens(view) + view.rtt_s * RTT_TOKENS_PER_S, view.address),
+        default=None,
+    )
 
 
 def choose_drafters(
@@ -51,11 +139,17 @@ def choose_drafters(
 ) -> list[WorkerView]:
     """Up to `count` drafters for a target, by what they are expected to win, then by load.
 
-    The best of each kind of proposer first, since two of a kind guess the same.
+    What they win takes their distance into account. Among equals those come first whose KV is
+    warm. The best of each kind of proposer first, since two of a kind guess the same.
     """
     fitting = sorted(
         (v for v in views if v.address not in exclude and pairing_fault(target, v.info) is None),
-        key=lambda view: (-round(view.tokens, 1), *_load(view)),
+        key=lambda view: (
+            -round(view.tokens, 1),
+            -view.held_tokens,
+            view.sessions / max(1, view.sessions_max),
+            view.address,
+        ),
     )
     chosen: list[WorkerView] = []
     kinds: set[tuple[str, str]] = set()
@@ -68,5 +162,26 @@ def choose_drafters(
     return chosen[:count]
 
 
-def _load(view: WorkerView) -> tuple[float, str]:
-    return view.sessions / max(1, view.sessions_max), view.address
+def shortlist(count: int, most: int, draw: Draw) -> list[int]:
+    """Draw up to `most` different indices below `count`: all of them if there are no more.
+
+    The least loaded of a few drawn at random is nearly the least loaded of all, and costs the same
+    in a fleet of thousands.
+    """
+    if count <= most:
+        return list(range(count))
+    drawn: dict[int, None] = {}
+    while len(drawn) < most:
+        drawn[draw(count)] = None
+    return list(drawn)
+
+
+def _share(view: WorkerView) -> float:
+    """Of a worker in use: of its sessions or of its KV, whichever is scarcer."""
+    share = max(view.sessions / max(1, view.sessions_max), view.kv_share)
+    return max(1.0, share) if view.waiting else share
+
+
+def _load_tokens(view: WorkerView) -> float:
+    share = _share(view)
+    return LOAD_TOKENS * share / max(LOAD_SLACK_MIN, 1.0 - share)

@@ -49,7 +49,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             info = self._model(request.model)
             asked = _request(request, self._config)
             job = job_of(asked, info, self._fleet.codec(info), self._config)
-            generation = self._driver.generate(job)
+            prefix = await self._driver.placer.find(job)
+            generation = self._driver.generate(job, prefix)
             try:
                 started = False
                 while outputs := await generation.take():
@@ -93,6 +94,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> generation_pb2.ListWorkersResponse:
         """The workers, and why some are not used."""
+        async with status_of_errors(context):
+            placements = await self._placements(request)
         response = generation_pb2.ListWorkersResponse()
         for status in self._fleet.statuses():
             response.workers.add(
@@ -106,8 +109,20 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                 step_s=status.step_s,
                 kv_tokens_used=status.kv_tokens_used,
                 waiting=status.waiting,
+                placement=placements.get(status.address, ""),
             )
         return response
+
+    async def _placements(self, request: generation_pb2.ListWorkersRequest) -> dict[str, str]:
+        """What placing the request that is asked about would cost, by address."""
+        if not request.HasField("placement_of"):
+            return {}
+        info = self._model(request.placement_of.model)
+        asked = _request(request.placement_of, self._config)
+        job = job_of(asked, info, self._fleet.codec(info), self._config)
+        placer = self._driver.placer
+        weighed = placer.weigh(await placer.find(job), info.model, len(job.prompt))
+        return {one.view.address: one.reason for one in weighed}
 
 
 def _request(message: generation_pb2.GenerateRequest, config: DriverConfig) -> Request:

@@ -20,7 +20,7 @@ from rich.table import Table
 
 import outrider
 from outrider.cli_generation import chat, generate
-from outrider.client import Client
+from outrider.client import Client, Request
 from outrider.config import DEFAULT_ENDPOINT
 from outrider.errors import OutriderError
 from outrider.serving.options import apply, cache_option
@@ -71,7 +71,8 @@ main.add_command(chat)
 @main.command()
 @click.option("--endpoint", default=DEFAULT_ENDPOINT, envvar="OUTRIDER_ENDPOINT", show_default=True)
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-def workers(endpoint: str, as_json: bool) -> None:
+@click.option("--for", "prompt", help="Say what placing this prompt on each verifier would cost.")
+def workers(endpoint: str, as_json: bool, prompt: str | None) -> None:
     """List the workers that the orchestrator knows, and why some are not used.
 
     \b
@@ -80,7 +81,7 @@ def workers(endpoint: str, as_json: bool) -> None:
     waiting    admitted sessions that waited for KV, whosever they are
     """
     with Client(endpoint) as client:
-        rows = client.workers()
+        rows = client.workers(None if prompt is None else Request(prompt=prompt))
     if as_json:
         click.echo(
             json.dumps(
@@ -96,6 +97,7 @@ def workers(endpoint: str, as_json: bool) -> None:
                         "step_s": worker.step_s,
                         "kv_tokens_used": worker.kv_tokens_used,
                         "waiting": worker.waiting,
+                        "placement": worker.placement,
                     }
                     for worker in rows
                 ]
@@ -115,7 +117,7 @@ def workers(endpoint: str, as_json: bool) -> None:
             f"{worker.step_s * 1e3:.0f} ms" if worker.step_s else "-",
             str(worker.kv_tokens_used) if worker.step_s else "-",
             str(worker.waiting) if worker.step_s else "-",
-            worker.reason,
+            worker.reason or worker.placement,
         )
     Console().print(table)
 

@@ -327,6 +327,8 @@ class BindSpec:
     tokenizer_fingerprint: str
     vocabulary_size: int
     budget: DraftBudget
+    cache_salt: str = ""
+    """Sessions share KV of equal prefixes only within one salt."""
 
 
 class RejectionCode(enum.Enum):

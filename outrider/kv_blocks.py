@@ -10,8 +10,10 @@ go first.
 from __future__ import annotations
 
 import hashlib
+import struct
 from collections import OrderedDict
 from collections.abc import Sequence
+from typing import Protocol
 
 import numpy as np
 
@@ -36,10 +38,43 @@ def block_hash(parent: bytes, tokens: Sequence[int]) -> bytes:
     return hashlib.sha256(parent + ids).digest()
 
 
+def shareable_blocks(tokens: int) -> int:
+    """Return how many full blocks of a text may be shared: its last token is always computed."""
+    return max(0, (tokens - 1) // BLOCK_TOKENS)
+
+
+def chain_hashes(root: bytes, tokens: Sequence[int], blocks_max: int) -> list[bytes]:
+    """Return the hashes of a text's blocks that may be shared, `blocks_max` of them at most."""
+    count = min(shareable_blocks(len(tokens)), blocks_max)
+    shared = tokens[: count * BLOCK_TOKENS]
+    ids = struct.pack(f"<{len(shared)}I", *shared)
+    block_bytes = 4 * BLOCK_TOKENS
+    hashes: list[bytes] = []
+    parent = root
+    for begin in range(0, len(ids), block_bytes):
+        parent = hashlib.sha256(parent + ids[begin : begin + block_bytes]).digest()
+        hashes.append(parent)
+    return hashes
+
+
+class BlockListener(Protocol):
+    """Hears which blocks can be found, on the thread of the pool's owner; must be quick."""
+
+    def held(self, digest: bytes, first: bytes) -> None:
+        """A block can be found under `digest` now; `first` is the hash its text begins with."""
+        ...
+
+    def dropped(self, digest: bytes) -> None:
+        """It cannot be found any more."""
+        ...
+
+
 class BlockPool:
     """A fixed number of blocks with reference counts. One owner; not thread-safe."""
 
     def __init__(self, count: int) -> None:
+        self.listener: BlockListener | None = None
+        """Hears of blocks that are published, or dropped later on."""
         if count < 1:
             raise ValueError(f"a pool needs at least one block, got {count}")
         self.count = count
@@ -76,7 +111,7 @@ class BlockPool:
                 block = self._free.pop()
             else:
                 block, _ = self._idle.popitem(last=False)
-                del self._block_of[self._hash_of.pop(block)]
+                self._drop(block)
             self._references[block] = 1
             taken.append(block)
         return taken
@@ -95,13 +130,18 @@ class BlockPool:
             else:
                 self._free.append(block)
 
-    def publish(self, block: int, digest: bytes) -> None:
-        """Make a full block findable. If another one is known by that hash, it stays the one."""
+    def publish(self, block: int, digest: bytes, first: bytes | None = None) -> None:
+        """Make a full block findable. If another one is known by that hash, it stays the one.
+
+        `first` is the hash of the first block of its text; None: it is that one itself.
+        """
         if self._references[block] < 1:
             raise ValueError(f"block {block} is not in use")
         if digest not in self._block_of and block not in self._hash_of:
             self._block_of[digest] = block
             self._hash_of[block] = digest
+            if self.listener is not None:
+                self.listener.held(digest, first or digest)
 
     def share(self, digest: bytes) -> int | None:
         """Return the block of that hash with one more reference, or None if there is none."""
@@ -118,6 +158,13 @@ class BlockPool:
     def forget(self) -> None:
         """Drop what idle blocks hold."""
         for block in self._idle:
-            del self._block_of[self._hash_of.pop(block)]
+            self._drop(block)
             self._free.append(block)
         self._idle.clear()
+
+    def _drop(self, block: int) -> None:
+        """Make an idle block unfindable."""
+        digest = self._hash_of.pop(block)
+        del self._block_of[digest]
+        if self.listener is not None:
+            self.listener.dropped(digest)

@@ -452,6 +452,7 @@ def bind_to_pb(spec: BindSpec) -> drafter_pb2.BindSession:
         tokenizer_fingerprint=spec.tokenizer_fingerprint,
         vocabulary_size=spec.vocabulary_size,
         budget=budget_to_pb(spec.budget),
+        cache_salt=spec.cache_salt,
     )
 
 
@@ -468,6 +469,7 @@ def bind_from_pb(message: drafter_pb2.BindSession) -> BindSpec:
         tokenizer_fingerprint=message.tokenizer_fingerprint,
         vocabulary_size=message.vocabulary_size,
         budget=budget_from_pb(message.budget) if message.HasField("budget") else DraftBudget(),
+        cache_salt=message.cache_salt,
     )
 
 

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import secrets
+from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from outrider.model.info import model_info
@@ -12,7 +14,7 @@ from outrider.model.language_model import LanguageModel
 from outrider.model.loading import load_language_model, torch_device
 from outrider.model.tensor_parallel import ShardedModel, ignore_signals, join_ranks
 from outrider.model.threads import set_threads
-from outrider.registry import WorkerRecord, published
+from outrider.registry import HeldBlocks, WorkerRecord, published, published_blocks
 from outrider.serving.server import Server
 from outrider.serving.worker_main import serve_until_stopped
 from verifier_service.config import VerifierConfig
@@ -48,6 +50,9 @@ async def serve(config: VerifierConfig) -> None:
     )
     engine = Engine(model, config.engine, service.emit)
     service.attach(engine)
+    blocks = HeldBlocks()
+    if config.redis_url is not None:
+        engine.pool.blocks.listener = blocks
     if config.engine.warm_up:
         await loop.run_in_executor(thread, engine.warm_up, _report_warm_up)
     engine.start(thread)
@@ -64,13 +69,25 @@ async def serve(config: VerifierConfig) -> None:
             model_fingerprint=info.model_fingerprint,
             capacity=config.engine.sessions_max,
             load=engine.load,
-            state="ready",
+            state="draining" if service.draining else "ready",
+            tokenizer_fingerprint=info.tokenizer_fingerprint or "",
+            kv_tokens_used=engine.kv_tokens_used,
+            kv_tokens_max=engine.pool.tokens_max,
         )
+
+    @contextlib.asynccontextmanager
+    async def publish(address: str) -> AsyncIterator[None]:
+        url, worker = config.redis_url, config.worker_id
+        async with (
+            published(url, lambda: record(address)),
+            published_blocks(url, blocks, worker=worker, incarnation=incarnation),
+        ):
+            yield
 
     try:
         await serve_until_stopped(
             server,
-            publish=lambda address: published(config.redis_url, lambda: record(address)),
+            publish=publish,
             drain=service.drain,
             load=lambda: engine.load,
             drain_s=config.drain_s,

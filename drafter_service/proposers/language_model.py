@@ -21,6 +21,7 @@ from drafter_service.proposers.frontier import Entry, Frontier
 from outrider.config import Quantize
 from outrider.domain import ModelInfo
 from outrider.draft_tree import Advance, Node
+from outrider.kv_blocks import BlockPool
 from outrider.model.info import model_info
 from outrider.model.kv_cache import SessionCache
 from outrider.model.language_model import LanguageModel, Row
@@ -87,9 +88,14 @@ class LanguageModelProposer:
         """Leaves, over all sessions, that a step expands."""
         return self._leaves_max
 
+    @property
+    def blocks(self) -> BlockPool:
+        """The books of its KV."""
+        return self._pool.blocks
+
     def open(self, mirror: Mirror) -> None:
-        """Begin with empty KV; it is filled by `grow`."""
-        self._states[mirror.key] = _State(self._pool.new_cache())
+        """Begin with the KV that earlier sessions left of the text's beginning, if any."""
+        self._states[mirror.key] = _State(self._pool.new_cache(mirror.spec.cache_salt))
 
     def advanced(self, mirror: Mirror, tokens: Sequence[int], advance: Advance) -> None:
         """Keep the KV of the surviving path; a miss costs only the committed tokens."""
@@ -120,6 +126,8 @@ class LanguageModelProposer:
         if not rows:
             return False
         logits = self._model.forward(rows)
+        for growth in growths:
+            self._states[growth.mirror.key].cache.publish(growth.mirror.log.tokens)
         places = [(growth.mirror.spec, node) for growth in growths for _, node in growth.nodes]
         if places:
             guesses = iter(
@@ -164,6 +172,8 @@ class LanguageModelProposer:
             state = self._states[mirror.key]
             if len(mirror.log) + 1 >= self._model.length_max:
                 continue
+            if not state.cache.prefix_length:
+                state.cache.adopt(mirror.log.tokens)
             pending = mirror.log.since(state.cache.prefix_length)
             if not pending:
                 ready.append(mirror)

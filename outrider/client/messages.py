@@ -154,6 +154,12 @@ def _logprobs(tokens: Iterable[types_pb2.TokenLogprobs]) -> tuple[TokenLogprobs,
     return tuple(wire.token_logprobs_from_pb(token) for token in tokens)
 
 
+def list_workers_to_pb(placement_of: Request | None) -> generation_pb2.ListWorkersRequest:
+    """Ask for the workers, and perhaps for what placing a request would cost."""
+    asked = None if placement_of is None else request_to_pb(placement_of)
+    return generation_pb2.ListWorkersRequest(placement_of=asked)
+
+
 def worker_from_pb(status: generation_pb2.WorkerStatus) -> Worker:
     """Convert a worker's state."""
     return Worker(
@@ -167,4 +173,5 @@ def worker_from_pb(status: generation_pb2.WorkerStatus) -> Worker:
         status.step_s,
         status.kv_tokens_used,
         status.waiting,
+        status.placement,
     )

@@ -138,3 +138,5 @@ class Worker:
     """Tokens of KV in use on a verifier at its last step, whoever uses them; 0 until known."""
     waiting: int = 0
     """Admitted sessions that waited for KV there."""
+    placement: str = ""
+    """What placing a request on a verifier would cost, for people, if it was asked about."""

@@ -54,6 +54,8 @@ class KvPool:
         self.layout = layout
         self._model_fingerprint = model_fingerprint
         self.blocks = BlockPool(-(-tokens_max // BLOCK_TOKENS))
+        self.tokens_adopted = 0
+        """Tokens that sessions shared so far instead of computing them."""
         slots = self.blocks.count * BLOCK_TOKENS
         shape = (layout.layers, 2, slots, layout.kv_heads, layout.head_dim)
         # On a CPU, memory that is never written is never taken.
@@ -186,7 +188,7 @@ class SessionCache:
         held = self._held()
         if self._chain_root is None or len(held) * BLOCK_TOKENS != self._prefix_length:
             return self._prefix_length
-        while (begin := self._prefix_length) + BLOCK_TOKENS < len(tokens):
+        while (begin := self._prefix_length) + BLOCK_TOKENS < len(tokens):  # shareable_blocks()
             if len(self._hashes) * BLOCK_TOKENS != begin or self.tree_size:
                 break
             digest = self.next_hash(tokens)
@@ -196,6 +198,7 @@ class SessionCache:
             self._hashes.append(digest)
             held.append(block)
             self._prefix_length += BLOCK_TOKENS
+            self.pool.tokens_adopted += BLOCK_TOKENS
             self._map()
         return self._prefix_length
 
@@ -214,7 +217,8 @@ class SessionCache:
             digest = self.next_hash(tokens)
             if digest is None:
                 return
-            self.pool.blocks.publish(held[len(self._hashes)], digest)
+            first = self._hashes[0] if self._hashes else None
+            self.pool.blocks.publish(held[len(self._hashes)], digest, first)
             self._hashes.append(digest)
 
     def advance(self, path: Sequence[int], keep: Sequence[int] = ()) -> dict[int, int]:

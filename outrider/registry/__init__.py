@@ -1,6 +1,9 @@
 """What the fleets know of each other, in Redis; the only package that knows Redis."""
 
 from outrider.registry.connection import KEY_PREFIX, Connection, redacted
+from outrider.registry.held_blocks import HeldBlocks
+from outrider.registry.kv_index import KvIndex, block_key, holder_field
+from outrider.registry.kv_publisher import KvPublisher, published_blocks
 from outrider.registry.renewal import Renewal
 from outrider.registry.workers import (
     NAME_CHARACTERS_MAX,
@@ -25,6 +28,9 @@ __all__ = [
     "WATCH_INTERVAL_S",
     "WORKERS_MAX",
     "Connection",
+    "HeldBlocks",
+    "KvIndex",
+    "KvPublisher",
     "Registry",
     "Renewal",
     "Role",
@@ -32,6 +38,9 @@ __all__ = [
     "WorkerRecord",
     "WorkerState",
     "WorkerWatch",
+    "block_key",
+    "holder_field",
     "published",
+    "published_blocks",
     "redacted",
 ]

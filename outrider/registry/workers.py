@@ -90,13 +90,26 @@ class WorkerRecord:
     load: int
     """Sessions in use; may exceed the capacity while it shrinks."""
     state: WorkerState
+    tokenizer_fingerprint: str = ""
+    """Empty: it only handles ids, or does not say."""
+    kv_tokens_used: int = 0
+    """Tokens of KV that sessions hold."""
+    kv_tokens_max: int = 0
+    """Tokens of KV that it has room for; 0: it does not say."""
 
     def __post_init__(self) -> None:
         _check(self.role in get_args(Role), "role", self.role)
         _check(self.state in get_args(WorkerState), "state", self.state)
         for name in ("worker", "incarnation", "address"):
             _check(bool(getattr(self, name)), name, "")
-        for name in ("worker", "incarnation", "address", "model", "model_fingerprint"):
+        for name in (
+            "worker",
+            "incarnation",
+            "address",
+            "model",
+            "model_fingerprint",
+            "tokenizer_fingerprint",
+        ):
             text: str = getattr(self, name)
             # Ids and addresses turn up in logs and terminals.
             printable = text.isprintable() and len(text) <= NAME_CHARACTERS_MAX
@@ -106,6 +119,8 @@ class WorkerRecord:
         _check(bool(host) and port_valid, "address", self.address)
         _check(0 <= self.capacity < 2**31, "capacity", self.capacity)
         _check(0 <= self.load < 2**31, "load", self.load)
+        _check(0 <= self.kv_tokens_used < 2**53, "kv_tokens_used", self.kv_tokens_used)
+        _check(0 <= self.kv_tokens_max < 2**53, "kv_tokens_max", self.kv_tokens_max)
 
 
 def _check(condition: bool, name: str, value: object) -> None:
@@ -287,6 +302,9 @@ def _fields(record: WorkerRecord) -> dict[str, str]:
         "capacity": str(record.capacity),
         "load": str(record.load),
         "state": record.state,
+        "tokenizer_fingerprint": record.tokenizer_fingerprint,
+        "kv_tokens_used": str(record.kv_tokens_used),
+        "kv_tokens_max": str(record.kv_tokens_max),
     }
 
 
@@ -304,4 +322,8 @@ def _record(member: bytes, answer: Mapping[bytes, bytes]) -> WorkerRecord:
         capacity=int(text["capacity"]),
         load=int(text["load"]),
         state=cast(WorkerState, text["state"]),
+        # Later fields, which workers of earlier releases lack.
+        tokenizer_fingerprint=text.get("tokenizer_fingerprint", ""),
+        kv_tokens_used=int(text.get("kv_tokens_used", "0")),
+        kv_tokens_max=int(text.get("kv_tokens_max", "0")),
     )

@@ -54,6 +54,11 @@ class WorkerEdge(worker_pb2_grpc.WorkerServiceServicer, abc.ABC, Generic[Request
     @abc.abstractmethod
     def _submit_drain(self) -> None: ...
 
+    @property
+    def draining(self) -> bool:
+        """True once nothing new is taken."""
+        return self._draining
+
     def emit(self, outputs: dict[int, OutputsT]) -> None:
         """Take what the model's thread has to say, on that thread: one hop to the loop a step."""
         # The loop is gone when the process ends before its thread does.

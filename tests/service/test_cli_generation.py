@@ -187,3 +187,15 @@ async def test_workers_show_their_load(terminal: Terminal) -> None:
     header, line = (await terminal.run("workers")).stdout.splitlines()
     assert header.split()[5:8] == ["step", "kv", "waiting"]
     assert line.split()[5:] == ["12", "ms", "345", "6"]
+
+
+async def test_workers_say_what_a_prompt_would_cost_there(terminal: Terminal) -> None:
+    prompt = "Hello! " * 10
+    await terminal.run("generate", prompt, "--seed", "3")
+    (row,) = json.loads((await terminal.run("workers", "--for", prompt, "--json")).stdout)
+    assert row["placement"].startswith("costs ")
+    assert "holds 64 tokens, misses 6;" in row["placement"]
+    (row,) = json.loads((await terminal.run("workers", "--json")).stdout)
+    assert row["placement"] == ""
+    refused = await terminal.run("workers", "--for", "")
+    assert refused.exit_code != 0

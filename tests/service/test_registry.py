@@ -10,15 +10,11 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
-from urllib.parse import urlsplit
 
 import pytest
 from redis.asyncio import Redis
 
-from outrider import redis_server
 from outrider.errors import ConfigError, OutriderError, RegistryUnavailable
-from outrider.processes import spawn, stop
-from outrider.redis_server import start_redis
 from outrider.registry import (
     WORKERS_MAX,
     Connection,
@@ -28,6 +24,7 @@ from outrider.registry import (
     WorkerWatch,
     redacted,
 )
+from tests.support.redis_process import RedisProcess
 
 DEADLINE_S = 10.0
 
@@ -47,43 +44,22 @@ VERIFIER = WorkerRecord(
 DRAFTER = replace(VERIFIER, role="drafter", worker="d:1", address="[::1]:7002", state="draining")
 
 
-class Server:
-    """A server on a port of its own that can go away and come back empty."""
-
-    def __init__(self, folder: Path) -> None:
-        self._log_path = folder / "redis.log"
-        with start_redis(None, self._log_path) as server:
-            self.url = server.url
-        self._binary = next(redis_server._binaries())[1]
-        self.start()
-
-    def start(self) -> None:
-        port = urlsplit(self.url).port
-        assert port is not None
-        words = ["--port", str(port), "--bind", "127.0.0.1", "--save", ""]
-        self._process = spawn([self._binary, *words], self._log_path)
-        assert redis_server._wait_until_ready(self._process, port)
-
-    def stop(self) -> None:
-        stop(self._process)
-
-
 @pytest.fixture
-def server(tmp_path: Path) -> Iterator[Server]:
-    server = Server(tmp_path)
+def server(tmp_path: Path) -> Iterator[RedisProcess]:
+    server = RedisProcess(tmp_path)
     yield server
     server.stop()
 
 
 @pytest.fixture
-async def registry(server: Server) -> AsyncIterator[Registry]:
+async def registry(server: RedisProcess) -> AsyncIterator[Registry]:
     connection = Connection(server.url, timeout_s=2.0)
     yield Registry(connection)
     await connection.close()
 
 
 @pytest.fixture
-async def raw(server: Server) -> AsyncIterator[Redis]:
+async def raw(server: RedisProcess) -> AsyncIterator[Redis]:
     """A client that says anything to the server."""
     async with Redis.from_url(server.url) as client:
         yield client
@@ -132,6 +108,16 @@ async def test_what_is_published_is_read(registry: Registry) -> None:
     assert await registry.workers() == [DRAFTER, busier]
 
 
+async def test_fingerprints_kv_and_state_are_read(registry: Registry, raw: Redis) -> None:
+    told = replace(VERIFIER, tokenizer_fingerprint="t" * 64, kv_tokens_used=5, kv_tokens_max=2**40)
+    await registry.publish(told)
+    assert await registry.workers() == [told]
+    # A worker of an earlier release does not say.
+    later = ("tokenizer_fingerprint", "kv_tokens_used", "kv_tokens_max")
+    await raw.hdel("outrider:1:{w}:verifier:v-1", *later)
+    assert await registry.workers() == [VERIFIER]
+
+
 async def test_records_expire_and_so_does_every_key(registry: Registry, raw: Redis) -> None:
     await registry.publish(VERIFIER, ttl_s=30)
     await registry.publish(DRAFTER, ttl_s=0.2)
@@ -177,6 +163,7 @@ MALFORMED: dict[str, dict[str, Any]] = {
     "drafter:load": {"load": "many"},
     "drafter:negative": {"capacity": "-1"},
     "drafter:huge": {"capacity": str(2**40)},
+    "drafter:kv": {"kv_tokens_max": "-1"},
     "drafter:state": {"state": "asleep"},
     "drafter:address": {"address": "nowhere"},
     "drafter:port": {"address": "host:0"},
@@ -269,7 +256,9 @@ def test_records_are_checked(wrong: dict[str, Any]) -> None:
 # --- Redis away --------------------------------------------------------------------------------
 
 
-async def test_calls_fail_clearly_while_redis_is_away(registry: Registry, server: Server) -> None:
+async def test_calls_fail_clearly_while_redis_is_away(
+    registry: Registry, server: RedisProcess
+) -> None:
     await registry.publish(VERIFIER)
     server.stop()
     calls: list[Callable[[], Awaitable[object]]] = [
@@ -285,7 +274,7 @@ async def test_calls_fail_clearly_while_redis_is_away(registry: Registry, server
 
 
 async def test_a_restart_between_two_calls_is_not_noticed(
-    registry: Registry, server: Server
+    registry: Registry, server: RedisProcess
 ) -> None:
     await registry.publish(VERIFIER)
     server.stop()
@@ -354,7 +343,9 @@ def test_wrong_urls_are_refused_without_quoting_them(url: str) -> None:
     assert "sec" not in "".join(traceback.format_exception(caught.value, chain=True))
 
 
-async def test_passwords_are_not_told(server: Server, caplog: pytest.LogCaptureFixture) -> None:
+async def test_passwords_are_not_told(
+    server: RedisProcess, caplog: pytest.LogCaptureFixture
+) -> None:
     caplog.set_level(logging.DEBUG)
     url = server.url.replace("redis://", "redis://me:secret@") + "?client_name=secret"
     connection = Connection(url)
@@ -447,7 +438,7 @@ async def test_a_flushed_redis_is_told_again(registry: Registry, raw: Redis) -> 
 
 
 async def test_a_redis_that_goes_and_comes_back_empty(
-    registry: Registry, server: Server, caplog: pytest.LogCaptureFixture
+    registry: Registry, server: RedisProcess, caplog: pytest.LogCaptureFixture
 ) -> None:
     caplog.set_level(logging.INFO, "outrider.registry")
     reports = Reports()
@@ -483,7 +474,7 @@ async def test_a_redis_that_goes_and_comes_back_empty(
         assert server.url in ours[1]
 
 
-async def test_closing_while_redis_is_away_is_quiet(server: Server) -> None:
+async def test_closing_while_redis_is_away_is_quiet(server: RedisProcess) -> None:
     connection = Connection(server.url)
     registry = Registry(connection)
     server.stop()
@@ -513,7 +504,7 @@ async def test_a_failing_callback_does_not_end_the_task(
 
 @pytest.mark.parametrize("away", [False, True])
 async def test_cancelling_leaves_no_task_behind(
-    registry: Registry, server: Server, away: bool
+    registry: Registry, server: RedisProcess, away: bool
 ) -> None:
     if away:
         server.stop()

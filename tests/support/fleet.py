@@ -92,6 +92,7 @@ async def verifier(
     config: EngineConfig | None = None,
     rule: AcceptRule = accept_path,
     times: StepTimes | None = None,
+    port: int = 0,
 ) -> AsyncIterator[RunningVerifier]:
     """Run a verifier; by default one that verifies whatever it is offered."""
     config = config or EngineConfig(warm_up=False)
@@ -104,7 +105,7 @@ async def verifier(
     )
     engine = Engine(model, config, service.emit, rule=rule, times=times or FlatTimes())
     service.attach(engine)
-    server = Server(VERIFIER_NAMES, host="127.0.0.1", port=0)
+    server = Server(VERIFIER_NAMES, host="127.0.0.1", port=port)
     verifier_pb2_grpc.add_VerifierServiceServicer_to_server(service, server.grpc)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server.grpc)
     engine.start()

@@ -9,10 +9,33 @@ from hypothesis import settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule
 
-from outrider.kv_blocks import BLOCK_TOKENS, BlockPool, OutOfBlocks, block_hash, chain_root
+from outrider.kv_blocks import (
+    BLOCK_TOKENS,
+    BlockPool,
+    OutOfBlocks,
+    block_hash,
+    chain_hashes,
+    chain_root,
+    shareable_blocks,
+)
 
 COUNT = 6
 DIGESTS = [bytes([number]) * 32 for number in range(5)]
+
+
+class Findable:
+    """What can be found, as a listener heard."""
+
+    def __init__(self) -> None:
+        self.digests: set[bytes] = set()
+
+    def held(self, digest: bytes, first: bytes) -> None:
+        assert digest not in self.digests
+        assert first == DIGESTS[0]
+        self.digests.add(digest)
+
+    def dropped(self, digest: bytes) -> None:
+        self.digests.remove(digest)
 
 
 class Books(RuleBasedStateMachine):
@@ -21,6 +44,7 @@ class Books(RuleBasedStateMachine):
     def __init__(self) -> None:
         super().__init__()
         self.pool = BlockPool(COUNT)
+        self.pool.listener = self.heard = Findable()
         self.holders: list[list[int]] = []
         self.known: dict[bytes, int] = {}
         """What can be found: hash to block."""
@@ -72,7 +96,7 @@ class Books(RuleBasedStateMachine):
     @rule(data=st.data(), digest=st.sampled_from(DIGESTS))
     def publish(self, data: st.DataObject, digest: bytes) -> None:
         block = data.draw(st.sampled_from(sorted({b for held in self.holders for b in held})))
-        self.pool.publish(block, digest)
+        self.pool.publish(block, digest, DIGESTS[0])
         if digest not in self.known and block not in self.known.values():
             self.known[digest] = block
             self.published[digest] = self.content[block]
@@ -96,6 +120,7 @@ class Books(RuleBasedStateMachine):
     def the_books_are_right(self) -> None:
         assert self.pool.available == self._free()
         assert self.pool.used + self.pool.available == self.pool.count == COUNT
+        assert self.heard.digests == set(self.known)
         assert self.pool.published == len(self.known)
         for block in range(COUNT):
             published = block in self.known.values()
@@ -204,3 +229,15 @@ def test_hashes_are_the_same_everywhere() -> None:
     words = b"".join(token.to_bytes(4, "little") for token in range(BLOCK_TOKENS))
     assert block_hash(root, range(BLOCK_TOKENS)) == hashlib.sha256(root + words).digest()
     assert BLOCK_TOKENS == 32
+
+
+def test_chains_are_those_of_the_caches() -> None:
+    root, tokens = chain_root("f", "s"), list(range(5 * BLOCK_TOKENS))
+    first = block_hash(root, tokens[:BLOCK_TOKENS])
+    second = block_hash(first, tokens[BLOCK_TOKENS : 2 * BLOCK_TOKENS])
+    assert chain_hashes(root, tokens, 2) == [first, second]
+    # The last token is computed, and so is its block.
+    assert len(chain_hashes(root, tokens, 99)) == shareable_blocks(len(tokens)) == 4
+    assert chain_hashes(root, [*tokens, 0], 99)[:4] == chain_hashes(root, tokens, 99)
+    assert shareable_blocks(len(tokens) + 1) == 5
+    assert chain_hashes(root, [], 99) == chain_hashes(root, tokens[:BLOCK_TOKENS], 99) == []

@@ -122,6 +122,7 @@ binds = st.builds(
     tokenizer_fingerprint=text,
     vocabulary_size=uint32,
     budget=budgets,
+    cache_salt=text,
 )
 
 

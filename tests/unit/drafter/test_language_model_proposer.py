@@ -79,6 +79,27 @@ def proposer_of(model: Any, **options: Any) -> LanguageModelProposer:
     return LanguageModelProposer(model, info, **options)
 
 
+def test_a_text_that_begins_alike_is_computed_from_where_it_differs(model: LanguageModel) -> None:
+    watched = Watched(model)
+    proposer = proposer_of(watched)
+    prompt = tuple(range(40, 40 + 3 * BLOCK_TOKENS + 5))
+    first = opened(proposer, spec_of(GREEDY, prompt=prompt))
+    grow_out(proposer, first)
+    expected = estimates(first)
+    proposer.close(first)
+    for salt, computed in (("", 5), ("tenant", len(prompt))):
+        watched.passes.clear()
+        spec = replace(spec_of(GREEDY, prompt=prompt, session=2), cache_salt=salt)
+        again = opened(proposer, spec)
+        grow_out(proposer, again)
+        assert watched.passes[0] == [computed]
+        found = estimates(again)
+        assert found.keys() == expected.keys()
+        assert all(abs(found[path] - expected[path]) < TOLERANCE for path in found)
+        proposer.close(again)
+    assert proposer.blocks.used == 0
+
+
 def spec_of(
     sampling: SamplingParams,
     *,

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
-import pytest
+import random
+from dataclasses import replace
 
-from orchestrator.placement import WorkerView, choose_drafters, choose_verifier, pairing_fault
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from orchestrator.placement import (
+    LOAD_SLACK_MIN,
+    LOAD_TOKENS,
+    TIE_TOKENS,
+    WorkerView,
+    choose_drafters,
+    choose_verifier,
+    pairing_fault,
+    pick,
+    shortlist,
+    weigh_verifiers,
+)
 from outrider.domain import ModelInfo
 
 TARGET = ModelInfo("big", "f-big", "tokens", 100, 2048, "float32")
@@ -66,6 +82,125 @@ def test_what_was_tried_is_not_tried_again() -> None:
     assert choose_verifier([], "big", ()) is None
 
 
+def holding(address: str, tokens: int, **known: float) -> WorkerView:
+    return replace(view(address), held_tokens=tokens, **known)  # type: ignore[arg-type]
+
+
+def cheapest(views: list[WorkerView], prompt_tokens: int) -> str:
+    return weigh_verifiers(views, "big", (), prompt_tokens)[0].view.address
+
+
+def test_who_holds_the_beginning_is_chosen() -> None:
+    assert cheapest([view("a"), holding("b", 256), holding("c", 128)], 300) == "b"
+    # More than the prompt is no more than the prompt.
+    assert cheapest([holding("b", 999, rtt_s=0.001), holding("c", 300)], 300) == "c"
+
+
+def test_load_can_outweigh_a_hit() -> None:
+    def loaded(sessions: int) -> WorkerView:
+        return replace(holding("busy", 800), sessions=sessions)
+
+    assert cheapest([view("idle"), loaded(5)], 1_000) == "busy"
+    assert cheapest([view("idle"), loaded(7)], 1_000) == "idle"
+    # A short hit is worth less.
+    assert cheapest([view("idle"), replace(loaded(5), held_tokens=100)], 1_000) == "idle"
+
+
+def test_scarce_kv_counts_as_load() -> None:
+    assert cheapest([holding("a", 0, kv_share=0.5), view("b", sessions=4)], 10) == "b"
+    assert cheapest([holding("a", 0, waiting=True), view("b", sessions=9)], 10) == "b"
+
+
+def test_distance_counts_less_than_a_long_prompt() -> None:
+    near, far = holding("near", 0, rtt_s=0.0005), holding("far", 512, rtt_s=0.02)
+    assert cheapest([near, far], 600) == "far"
+    assert cheapest([near, replace(far, held_tokens=64)], 600) == "near"
+
+
+def test_what_was_weighed_says_why() -> None:
+    (weighed,) = weigh_verifiers([holding("a", 64, rtt_s=0.002)], "big", (), 100)
+    for word in ("a costs 46", "holds 64", "misses 36", "load 0.00", "2.0 ms as 10"):
+        assert word in str(weighed)
+
+
+VIEWS = st.lists(
+    st.builds(
+        WorkerView,
+        st.integers(0, 30).map(str),
+        st.just(TARGET),
+        st.integers(0, 12),
+        st.just(10),
+        rtt_s=st.floats(0, 0.1),
+        kv_share=st.floats(0, 1),
+        waiting=st.booleans(),
+        held_tokens=st.integers(0, 2_000),
+    ),
+    max_size=8,
+    unique_by=lambda view: view.address,
+)
+
+
+@given(VIEWS, st.integers(1, 2_000), st.randoms(use_true_random=False))
+def test_the_choice_is_among_the_best(
+    views: list[WorkerView], prompt_tokens: int, chance: random.Random
+) -> None:
+    weighed = weigh_verifiers(views, "big", {"3"}, prompt_tokens)
+    assert {one.view.address for one in weighed} == {v.address for v in views} - {"3"}
+    costs = [one.cost_tokens for one in weighed]
+    assert costs == sorted(costs)
+    assert all(cost >= 0 for cost in costs)
+    chosen = pick(weighed, chance.randrange)
+    if chosen is None:
+        assert not weighed
+    else:
+        assert chosen.cost_tokens <= costs[0] + TIE_TOKENS
+
+
+@given(VIEWS, st.integers(1, 2_000), st.integers(1, 2_000))
+def test_holding_more_never_costs_more(views: list[WorkerView], prompt: int, more: int) -> None:
+    for one in weigh_verifiers(views, "big", (), prompt):
+        richer = replace(one.view, held_tokens=one.view.held_tokens + more)
+        busier = replace(one.view, sessions=one.view.sessions + more)
+        (held,) = weigh_verifiers([richer], "big", (), prompt)
+        (busy,) = weigh_verifiers([busier], "big", (), prompt)
+        assert held.cost_tokens <= one.cost_tokens <= busy.cost_tokens
+
+
+def test_a_full_verifier_is_never_sticky() -> None:
+    # However much it holds of a text of a thousand blocks.
+    assert LOAD_TOKENS / LOAD_SLACK_MIN > 10_000
+
+
+def test_equals_share_the_sessions() -> None:
+    chance = random.Random(1)
+    counts = dict.fromkeys("abcdefgh", 0)
+    for _ in range(400):
+        views = [view(name, sessions=count, most=100) for name, count in counts.items()]
+        chosen = pick(weigh_verifiers(views, "big", (), 100), chance.randrange)
+        assert chosen is not None
+        counts[chosen.view.address] += 1
+    assert max(counts.values()) - min(counts.values()) <= 10
+
+
+def test_of_equals_the_better_of_two_is_taken() -> None:
+    weighed = weigh_verifiers([view("a"), holding("b", 8), holding("c", 16)], "big", (), 100)
+    assert [one.view.address for one in weighed] == ["c", "b", "a"]
+    for draws, expected in (([1, 1], "b"), ([2, 1], "b"), ([2, 0], "c"), ([0, 0], "c")):
+        drawn = iter(draws)
+        chosen = pick(weighed, lambda below, drawn=drawn: next(drawn))  # type: ignore[misc]
+        assert chosen is not None
+        assert chosen.view.address == expected
+
+
+@given(st.integers(0, 50), st.integers(1, 10), st.randoms(use_true_random=False))
+def test_a_shortlist_is_some_of_many_and_all_of_few(
+    count: int, most: int, chance: random.Random
+) -> None:
+    drawn = shortlist(count, most, chance.randrange)
+    assert len(drawn) == len(set(drawn)) == min(count, most)
+    assert all(0 <= index < count for index in drawn)
+
+
 # --- drafters ---------------------------------------------------------------------------------
 
 
@@ -99,3 +234,12 @@ def test_different_kinds_come_first_then_the_least_loaded() -> None:
     assert addresses(choose_drafters(views, TARGET, 2, {"lm-2"})) == ["lm-1", "lm-3"]
     assert choose_drafters(views, TARGET, 0, ()) == []
     assert choose_drafters([], TARGET, 3, ()) == []
+
+
+def test_among_equal_drafters_the_warm_one_comes_first() -> None:
+    views = [view("cold", drafter("small")), replace(view("warm", drafter("small")), sessions=5)]
+    views[1] = replace(views[1], held_tokens=64)
+    assert addresses(choose_drafters(views, TARGET, 1, ())) == ["warm"]
+    # One that wins more, being nearer say, comes first even so.
+    views[0] = replace(views[0], tokens=1.5)
+    assert addresses(choose_drafters(views, TARGET, 1, ())) == ["cold"]

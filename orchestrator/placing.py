@@ -1,0 +1,147 @@
+"""Chooses workers for sessions: gathers what placement weighs, and remembers what it chose.
+
+Redis is asked once, at admission (`find`); from then on all is known here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import math
+import random
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from orchestrator.fleet import Fleet
+from orchestrator.jobs import Job
+from orchestrator.placement import Draw, Weighed, WorkerView, choose_drafters, pick, weigh_verifiers
+from orchestrator.prefix_lookup import PrefixLookup
+from orchestrator.prefix_memory import Prefix, PrefixMemory
+from orchestrator.workers import DrafterLink, VerifierLink
+from outrider.domain import ModelInfo, SessionSpec
+from outrider.kv_blocks import BLOCK_TOKENS, chain_hashes, chain_root
+
+HASHED_BLOCKS_MAX = 1_024
+"""Blocks of a text that are hashed; what comes after is not looked for."""
+DRAFT_MODELS_MAX = 2
+"""Draft models for whose KV a text is hashed, too."""
+MEMORY_TRUST_S = 10.0
+"""While Redis answers, what it does not know of is believed for so long: it is on its way there."""
+_EXPLAINED_MAX = 3
+
+_log = logging.getLogger(__name__)
+
+
+class Placer:
+    """Places the sessions of one orchestrator. For the event loop."""
+
+    def __init__(
+        self, fleet: Fleet, lookup: PrefixLookup | None = None, draw: Draw = random.randrange
+    ) -> None:
+        """Without `lookup` only what this orchestrator did itself is known."""
+        self.lookup = lookup
+        self._fleet = fleet
+        self._draw = draw
+        self._memory = PrefixMemory()
+
+    async def find(self, job: Job) -> Prefix:
+        """Look up who holds the beginning of a prompt. Waits a few milliseconds at most."""
+        prefix = self.prefix(job)
+        if self.lookup is None or not prefix.hashes:
+            return prefix
+        texts = [prefix.hashes, *prefix.drafted.values()]
+        answers = await asyncio.gather(*map(self.lookup.holders, texts))
+        holders = {name: count for answer in answers for name, count in (answer or {}).items()}
+        return replace(prefix, holders=holders, looked_up=answers[0] is not None)
+
+    def prefix(self, job: Job) -> Prefix:
+        """What can be said of a prompt without asking anybody."""
+        spec = job.choices[0]
+        if spec.prompt_logprobs is not None:
+            return Prefix()  # All of it is computed in any case.
+        root = chain_root(job.info.model_fingerprint, spec.cache_salt)
+        drafts = self._fleet.draft_fingerprints() if job.speculation else []
+        return Prefix(
+            root,
+            tuple(chain_hashes(root, spec.prompt, HASHED_BLOCKS_MAX)),
+            drafted={
+                draft: tuple(
+                    chain_hashes(chain_root(draft, spec.cache_salt), spec.prompt, HASHED_BLOCKS_MAX)
+                )
+                for draft in drafts[:DRAFT_MODELS_MAX]
+            },
+        )
+
+    def weigh(
+        self, prefix: Prefix, model: str, prompt_tokens: int, exclude: frozenset[str] = frozenset()
+    ) -> list[Weighed]:
+        """Weigh verifiers for a prompt; the cheapest comes first."""
+        held_tokens = self._held_tokens(prefix, prefix.hashes)
+        for draw in (self._draw, None):
+            views = self._fleet.verifier_views(held_tokens, draw)
+            weighed = weigh_verifiers(views, model, exclude, prompt_tokens)
+            if weighed:
+                break
+            # None of those drawn serves the model, or is up: all are looked at.
+        return weighed
+
+    def verifier(
+        self, prefix: Prefix, model: str, spec: SessionSpec, exclude: frozenset[str]
+    ) -> Weighed | None:
+        """Choose a verifier for a session, and take note that it computes the prompt."""
+        weighed = self.weigh(prefix, model, len(spec.prompt), exclude)
+        chosen = pick(weighed, self._draw)
+        if chosen is not None:
+            self._remember(prefix.hashes, self._fleet.verifiers.get(chosen.view.address))
+            if _log.isEnabledFor(logging.DEBUG):
+                others = [one for one in weighed[:_EXPLAINED_MAX] if one is not chosen]
+                reasons = "; ".join(["chosen: " + str(chosen), *map(str, others)])
+                _log.debug("session %016x, %d verifiers: %s", spec.session, len(weighed), reasons)
+        return chosen
+
+    def drafters(
+        self,
+        prefix: Prefix,
+        verifier: VerifierLink,
+        target: ModelInfo,
+        count: int,
+        exclude: frozenset[str],
+    ) -> list[WorkerView]:
+        """Choose drafters for a session on a verifier."""
+        held_tokens: dict[str, int] = {}
+        for hashes in prefix.drafted.values():
+            held_tokens |= self._held_tokens(prefix, hashes)
+        for draw in (self._draw, None):
+            views = self._fleet.drafter_views(verifier, held_tokens, draw)
+            chosen = choose_drafters(views, target, count, exclude)
+            if chosen:
+                break
+        for view in chosen:
+            hashes = prefix.drafted.get(view.info.model_fingerprint, ())
+            self._remember(hashes, self._fleet.drafters.get(view.address))
+        return chosen
+
+    def ended(self, prefix: Prefix, spec: SessionSpec, output: list[int], address: str) -> None:
+        """Take note of all that a verifier has computed for a session."""
+        if prefix.root is None:
+            return
+        known = prefix.hashes
+        tokens = [*spec.prompt[len(known) * BLOCK_TOKENS :], *output]
+        parent = known[-1] if known else prefix.root
+        more = chain_hashes(parent, tokens, HASHED_BLOCKS_MAX - len(known))
+        self._remember([*known, *more], self._fleet.verifiers.get(address))
+
+    def _remember(self, hashes: Sequence[bytes], link: VerifierLink | DrafterLink | None) -> None:
+        if link is not None and hashes:
+            self._memory.remember(hashes, link.incarnation, time.monotonic())
+
+    def _held_tokens(self, prefix: Prefix, hashes: Sequence[bytes]) -> dict[str, int]:
+        """Return by incarnation how much of a text's beginning is held."""
+        since_s = time.monotonic() - MEMORY_TRUST_S if prefix.looked_up else -math.inf
+        remembered = self._memory.holders(hashes, since_s)
+        return {
+            incarnation: BLOCK_TOKENS
+            * max(remembered.get(incarnation, 0), prefix.holders.get(incarnation, 0))
+            for incarnation in {**remembered, **prefix.holders}
+        }
