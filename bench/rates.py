@@ -37,18 +37,6 @@ class Run:
         return sum(begin < at <= end for row in self.times_s for at in row) / (end - begin)
 
 
-def step_rate(steps: Sequence[tuple[float, int]], begin_s: float, end_s: float) -> float:
-    """Tokens a second of the steps within a window; `steps` are (end of the step, tokens).
-
-    Counts from the end of one step to the end of another, so that a window of few steps is not
-    off by a part of one. Raises ValueError if fewer than two steps end within it.
-    """
-    inside = [(at, tokens) for at, tokens in steps if begin_s <= at <= end_s]
-    if len(inside) < 2:
-        raise ValueError(f"fewer than two steps within {end_s - begin_s:g} s")
-    return sum(tokens for _, tokens in inside[1:]) / (inside[-1][0] - inside[0][0])
-
-
 def tau_reached(commits: Sequence[tuple[float, int]], tau: float, width: int) -> float | None:
     """When the mean over the last `width` commits first exceeded `tau`; None if never.
 

@@ -4,19 +4,25 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
 from bench.drafters import Drafter, Honest, Policy, Silent, WrongTrees
 from bench.engine_driver import EngineDriver, EngineError, Trace
-from bench.rates import step_rate, tau_reached
+from bench.rates import tau_reached
 from bench.texts import Texts
 
 SESSIONS = (1, 4, 16, 64)
 PROMPT_TOKENS = 48
 SKIPPED_S = 1.0
-"""At the start of each phase: a drafter's first claims are believed."""
+"""Wrong trees at the start of each round: a drafter's first claims are believed."""
+
+_SLICE_S = 0.5
+_SLICE_STEPS = 4
+_SETTLING_STEPS = 2
+"""After a change of kind: what was in flight belongs to the kind before."""
 
 _TAU = 1.5
 _TAU_COMMITS = 8
@@ -28,22 +34,29 @@ _KNOWN_TOKENS = 1_200
 class UselessResult:
     """Tokens a second at one number of sessions, round by round.
 
-    The kinds of a round follow each other on the same sessions.
+    The kinds of a round take turns on the same sessions, in slices so short that a machine whose
+    speed drifts is as fast for one kind as for the next.
     """
 
     sessions: int
     alone: tuple[float, ...]
     again: tuple[float, ...]
-    """Without a drafter once more: how far its ratio is from 1 is noise."""
+    """Without a drafter once more: what the two differ by is noise."""
     silent: tuple[float, ...]
     wrong: tuple[float, ...]
 
     def ratio(self, kind: str) -> float:
-        """Of one kind over target-only; median of the rounds."""
+        """Of a useless drafter over target-only, mean of both runs; median of the rounds."""
         rates: tuple[float, ...] = getattr(self, kind)
         return statistics.median(
-            rate / alone for rate, alone in zip(rates, self.alone, strict=True)
+            2 * rate / (alone + again)
+            for rate, alone, again in zip(rates, self.alone, self.again, strict=True)
         )
+
+    @property
+    def noise(self) -> float:
+        """Of the second run without a drafter over the first; median of the rounds."""
+        return statistics.median(b / a for a, b in zip(self.alone, self.again, strict=True))
 
     @property
     def floor(self) -> float:
@@ -73,11 +86,13 @@ def measure_useless(
     advance: Callable[[str], None],
 ) -> list[UselessResult]:
     """Compare no drafter, a silent one and a hopeless one on the same sessions, in turn."""
+    wrong = WrongTrees(driver.engine.model.vocabulary_size)
+    silent = Silent(driver.engine.model.vocabulary_size)
     policies: dict[str, Callable[[], Policy | None]] = {
         "alone": lambda: None,
         "again": lambda: None,
-        "silent": lambda: Silent(driver.engine.model.vocabulary_size),
-        "wrong": lambda: WrongTrees(driver.engine.model.vocabulary_size),
+        "silent": lambda: silent,
+        "wrong": lambda: wrong,
     }
     results = []
     for sessions in SESSIONS:
@@ -85,17 +100,60 @@ def measure_useless(
         tokens = min(2_048, kv_tokens_max // sessions) - PROMPT_TOKENS
         rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
         for number in range(rounds):
-            # Rotated, so that growing contexts favour nobody.
-            turn = number % len(KINDS)
+            advance(f"{sessions} sessions, round {number + 1}")
             with _decoding(driver, prompts, tokens) as (drafter, traces):
-                for kind in KINDS[turn:] + KINDS[:turn]:
-                    advance(f"{sessions} sessions, drafter {kind}")
-                    drafter.policy = policies[kind]()
-                    rates[kind].append(_rate(driver, traces, window_s))
+                drafter.policy = policies["wrong"]()
+                _pause(driver, traces, SKIPPED_S)
+                for kind, rate in _take_turns(driver, drafter, traces, policies, window_s).items():
+                    rates[kind].append(rate)
         results.append(
             UselessResult(sessions, **{kind: tuple(rate) for kind, rate in rates.items()})
         )
     return results
+
+
+def _take_turns(
+    driver: EngineDriver,
+    drafter: Drafter,
+    traces: Sequence[Trace],
+    policies: Mapping[str, Callable[[], Policy | None]],
+    window_s: float,
+) -> dict[str, float]:
+    """Tokens a second of each kind over slices that add up to `window_s` or more."""
+    tokens = dict.fromkeys(KINDS, 0)
+    spent_s = dict.fromkeys(KINDS, 0.0)
+    turns = deque(KINDS)
+    while min(spent_s.values()) < window_s:
+        for kind in turns:
+            drafter.policy = policies[kind]()
+            slice_tokens, slice_s = _slice(driver, traces)
+            tokens[kind] += slice_tokens
+            spent_s[kind] += slice_s
+        # So that no kind always follows the same one, nor growing contexts favour any.
+        turns.rotate(1)
+        turns.reverse()
+    return {kind: tokens[kind] / spent_s[kind] for kind in KINDS}
+
+
+def _slice(driver: EngineDriver, traces: Sequence[Trace]) -> tuple[int, float]:
+    """Tokens and seconds of a few whole steps from some steps hence on."""
+    first = len(driver.steps) + _SETTLING_STEPS
+    _wait(driver, traces, lambda: len(driver.steps) > first + _SLICE_STEPS)
+    _pause(driver, traces, driver.steps[first][0] + _SLICE_S - time.perf_counter())
+    steps = driver.steps[first:]
+    return sum(count for _, count in steps[1:]), steps[-1][0] - steps[0][0]
+
+
+def _pause(driver: EngineDriver, traces: Sequence[Trace], pause_s: float) -> None:
+    end_s = time.perf_counter() + pause_s
+    _wait(driver, traces, lambda: time.perf_counter() >= end_s)
+
+
+def _wait(driver: EngineDriver, traces: Sequence[Trace], done: Callable[[], bool]) -> None:
+    """Wait until `done`; raises EngineError if a session ends meanwhile."""
+    driver.wait(lambda: done() or any(trace.finished for trace in traces))
+    if any(trace.finished for trace in traces):
+        raise EngineError("a session ended within the window: choose a shorter one")
 
 
 @contextmanager
@@ -113,16 +171,6 @@ def _decoding(
     finally:
         drafter.close()
         driver.abort(sessions)
-
-
-def _rate(driver: EngineDriver, traces: Sequence[Trace], window_s: float) -> float:
-    """Tokens a second from a second hence on; raises EngineError if a session ends meanwhile."""
-    begin_s = time.perf_counter() + SKIPPED_S
-    end_s = begin_s + window_s
-    driver.wait(lambda: time.perf_counter() > end_s or any(trace.finished for trace in traces))
-    if any(trace.finished for trace in traces):
-        raise EngineError("a session ended within the window: choose a shorter one")
-    return step_rate(driver.steps, begin_s, end_s)
 
 
 def measure_recovery(

@@ -4,6 +4,7 @@
 
 Everything that is compared runs in turn within this one run: same model, same precision, same
 number of threads. A contender that is not installed or fails is `na`, and the reason is printed.
+Of parts that are not asked for (`--parts`) the results file keeps what it had, with its time.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from pathlib import Path
 from typing import Any, get_args
 
 import click
+from pydantic import TypeAdapter, ValidationError
 from rich.console import Console
 from rich.progress import Progress
 
@@ -38,7 +40,8 @@ from bench.throughput import (
     measure_prefix,
     measure_throughput,
 )
-from bench.useless import KINDS, measure_recovery, measure_useless
+from bench.useless import SESSIONS as USELESS_SESSIONS
+from bench.useless import measure_recovery, measure_useless
 from bench.verifier_report import Results, markdown, result_lines
 from outrider.config import DEFAULT_CACHE, Dtype
 from outrider.model.language_model import LanguageModel
@@ -47,7 +50,15 @@ from outrider.model.threads import set_threads
 from verifier_service.config import EngineConfig
 
 RESULTS = Path(__file__).with_name("results")
-PARTS = ("steps", "throughput", "prefix", "memory", "useless")
+_RECORD = RESULTS / "verifier.json"
+_FIELDS = {
+    "steps": ("steps",),
+    "throughput": ("throughput", "peers"),
+    "prefix": ("prefix",),
+    "memory": ("memory",),
+    "useless": ("useless", "recovery"),
+}
+PARTS = tuple(_FIELDS)
 OURS = "outrider"
 _STEP_TEXTS = 16
 _SETTLE_S = 0.5
@@ -92,9 +103,10 @@ def main(parts: str, quick: bool, **options: Any) -> None:
             for part in PARTS:
                 if part in chosen:
                     getattr(bench, part)()
+                    bench.results.times[part] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
         finally:
             bench.close()
-    _report(console, bench.results, options)
+    _report(console, _completed(bench.results), options)
 
 
 class _Bench:
@@ -193,9 +205,8 @@ class _Bench:
         """What useless drafters cost, and recovery from one."""
         options = self._options
         driver = self._driver()
-        # Each kind comes first, second, third and last as often.
-        rounds = len(KINDS) * (1 if options["repeats"] < 3 else options["repeats"] // 3)
-        task = self._progress.add_task("useless", total=4 * 4 * rounds + 1)
+        rounds = 2 * options["repeats"]
+        task = self._progress.add_task("useless", total=len(USELESS_SESSIONS) * rounds + 1)
 
         def advance(what: str) -> None:
             self._progress.update(task, advance=1, description=f"useless: {what}")
@@ -281,9 +292,25 @@ def _settled(peer: Peer) -> Generate:
     return generate
 
 
+def _completed(results: Results) -> Results:
+    """Take the parts that were not asked for from the last run's file, if it is of this version."""
+    try:
+        record = json.loads(_RECORD.read_text())
+        last = TypeAdapter(Results).validate_python(record["results"])
+    except (OSError, ValueError, KeyError, TypeError, ValidationError):
+        return results
+    kept = [part for part in last.times if part not in results.times]
+    for part in kept:
+        for name in _FIELDS[part]:
+            setattr(results, name, getattr(last, name))
+        results.times[part] = last.times[part]
+    if "throughput" in kept:
+        results.unavailable = {**last.unavailable, **results.unavailable}
+    return results
+
+
 def _report(console: Console, results: Results, options: dict[str, Any]) -> None:
     RESULTS.mkdir(exist_ok=True)
-    path = RESULTS / "verifier.json"
     record = {
         "benchmark": "verifier",
         "outrider": outrider.__version__,
@@ -296,9 +323,9 @@ def _report(console: Console, results: Results, options: dict[str, Any]) -> None
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "results": asdict(results),
     }
-    path.write_text(json.dumps(record, indent=2) + "\n")
+    _RECORD.write_text(json.dumps(record, indent=2) + "\n")
     text = markdown(results)
-    path.with_suffix(".md").write_text(text)
+    _RECORD.with_suffix(".md").write_text(text)
     console.print(text, highlight=False, markup=False, soft_wrap=True)
     plain = Console(width=1_000, highlight=False)
     for line in result_lines(results):

@@ -30,6 +30,8 @@ class Results:
     """Versions and settings, as the peers themselves state them."""
     unavailable: dict[str, str] = field(default_factory=dict)
     """Why a contender has no numbers."""
+    times: dict[str, str] = field(default_factory=dict)
+    """When each part was measured."""
 
 
 def versus(results: Sequence[Throughput], peer: str, sessions: int) -> float | None:
@@ -142,14 +144,14 @@ def _throughput(results: Sequence[Throughput]) -> str:
 
 
 def _useless(results: Iterable[UselessResult]) -> str:
-    header = ("sessions", "silent drafter", "wrong trees", "no drafter again")
+    header = ("sessions", "silent drafter", "wrong trees", "target-only again")
     rows = [
-        (str(r.sessions), *(f"{r.ratio(kind):.3f}" for kind in ("silent", "wrong", "again")))
+        (str(r.sessions), f"{r.ratio('silent'):.3f}", f"{r.ratio('wrong'):.3f}", f"{r.noise:.3f}")
         for r in results
     ]
     return (
-        "Throughput with useless drafters over target-only; the last column is noise.\n\n"
-        + _table(header, rows)
+        "Throughput with useless drafters over target-only; the last column is noise: target-only "
+        "over target-only.\n\n" + _table(header, rows)
     )
 
 

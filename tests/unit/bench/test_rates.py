@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from bench.rates import Run, step_rate, tau_reached
+from bench.rates import Run, tau_reached
 
 
 def run(*times_s: tuple[float, ...]) -> Run:
@@ -25,15 +25,6 @@ def test_tokens_of_one_commit_all_count() -> None:
 def test_without_a_time_when_all_decode_there_is_no_rate() -> None:
     with pytest.raises(ValueError, match="more tokens"):
         _ = run((1.0, 2.0), (2.0, 3.0)).decode_rate
-
-
-def test_a_step_rate_counts_whole_steps_only() -> None:
-    steps = [(0.0, 99), (1.0, 4), (2.0, 4), (3.0, 6), (4.0, 99)]
-    # The step that ends first only starts the clock.
-    assert step_rate(steps, 0.5, 3.9) == pytest.approx(10 / 2.0)
-    assert step_rate(steps, 1.0, 3.0) == pytest.approx(10 / 2.0)
-    with pytest.raises(ValueError, match="two steps"):
-        step_rate(steps, 2.5, 3.5)
 
 
 def test_tau_is_reached_when_a_whole_window_exceeds_it() -> None:
