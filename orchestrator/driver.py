@@ -221,7 +221,7 @@ class Driver:
         now_s = time.monotonic()
         if batch.step is not None:
             link.took_step(batch.step, now_s)
-            self.meters.stepped(batch.step.duration_s, batch.step.waited_s)
+            self.meters.step_s.observe(batch.step.duration_s)
         for number, epoch in batch.opened:
             running = self._on(link, number)
             if running is not None:

@@ -47,18 +47,11 @@ class Meters:
     """Accepted draft tokens by their place in the draft."""
     migrations: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Moves of sessions by (role of the worker left, cause)."""
-    waited_s: float = 0.0
-    """Seconds that verifiers delayed steps for drafts."""
     first_token_s: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
     between_tokens_s: Histogram = field(default_factory=lambda: Histogram(_TOKEN_S))
     queued_s: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
     total_s: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
     step_s: Histogram = field(default_factory=lambda: Histogram(_TOKEN_S))
-
-    def stepped(self, duration_s: float, waited_s: float) -> None:
-        """A verifier took a step."""
-        self.step_s.observe(duration_s)
-        self.waited_s += waited_s
 
     def committed(self, tokens: int, since_s: float) -> None:
         """A session got tokens, so long after its previous ones."""

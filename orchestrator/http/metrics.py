@@ -41,7 +41,6 @@ NAMES: Mapping[str, str] = {
     "queue_wait_seconds": "How long until a verifier has taken a session?",
     "request_seconds": "How long does an answer take in all?",
     "verify_seconds": "How long does a verify step take?",
-    "verifier_idle_waiting_draft_seconds_total": "How long were steps held back for drafts?",
     "draft_rtt_seconds": "How far is a drafter from here, there and back?",
     "speculation_length": "How many guesses does a session bring into a step, on average?",
     "estimated_speedup_ratio": "How much faster is a session than without guesses, by its steps?",
@@ -130,8 +129,6 @@ class Exposition(Collector):
         meters, fleet = self._driver.meters, self._fleet
         verifiers, drafters = fleet.verifiers.values(), fleet.drafters.values()
         yield _histogram(PREFIX + "verify_seconds", NAMES["verify_seconds"], meters.step_s)
-        waited_s = [("", meters.waited_s)]
-        yield _counter("verifier_idle_waiting_draft_seconds_total", "", waited_s)
         ready = [drafter for drafter in drafters if drafter.state is LinkState.READY]
         rtts = [((drafter.address,), drafter.rtt_s) for drafter in ready]
         yield _gauge("draft_rtt_seconds", ["drafter"], rtts)
