@@ -11,7 +11,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test fuzz demo serve bench bench-verifier bench-pipeline bench-placement peers clean lock
+.PHONY: help install proto format lint test fuzz demo serve bench bench-verifier bench-pipeline bench-placement bench-http peers clean lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,6 +71,9 @@ bench-pipeline: install ## Measure pipelining over emulated links (BENCH_ARGS="-
 
 bench-placement: install ## Measure placement by KV and its index in Redis (BENCH_ARGS="--quick")
 	@$(BIN)/python -m bench.placement $(BENCH_ARGS)
+
+bench-http: install ## Measure the HTTP door beside gRPC (BENCH_ARGS="--events 6000")
+	@$(BIN)/python -m bench.http $(BENCH_ARGS)
 
 peers: .peers/vllm/.installed ## Install the benchmarks' peers, each into an environment of its own
 

@@ -127,7 +127,7 @@ class SyntheticFleet:
                 addresses = {name: self._proxy.open(name, a) for name, a in addresses.items()}
             self._links[role] = addresses
         host, port = self.address.rsplit(":", 1)
-        arguments = ["--host", host, "--port", port, *self._orchestrator]
+        arguments = ["--host", host, "--port", port, "--http-address", "off", *self._orchestrator]
         for role, addresses in self._links.items():
             arguments += [word for address in addresses.values() for word in (f"--{role}", address)]
         command = [sys.executable, "-m", "orchestrator", *arguments]

@@ -40,7 +40,13 @@ async def serve(config: DrafterConfig) -> None:
     if config.redis_url is not None and pool is not None:
         pool.listener = blocks
     grower.start(thread)
-    server = Server(SERVICE_NAMES, host=config.host, port=config.port)
+    server = Server(
+        SERVICE_NAMES,
+        host=config.host,
+        port=config.port,
+        tls=config.tls,
+        plaintext=config.plaintext,
+    )
     service.register(server)
 
     def record(address: str) -> WorkerRecord:

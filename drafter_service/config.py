@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from outrider.config import Device, Dtype, Quantize
+from outrider.config import Device, Dtype, Quantize, Tls
 
 
 @dataclass(frozen=True)
@@ -45,3 +45,7 @@ class DrafterConfig:
     cache_dir: Path
     drain_s: float
     growing: GrowingConfig
+    tls: Tls | None = None
+    """Between services; None: plaintext."""
+    plaintext: bool = False
+    """Plaintext is meant, even where other machines can connect."""

@@ -8,7 +8,8 @@ from typing import Any
 
 import click
 
-from orchestrator.config import DriverConfig, OrchestratorConfig
+from orchestrator.config import DriverConfig, HttpConfig, OrchestratorConfig
+from orchestrator.http.options import http_options
 from outrider.domain import DraftBudget
 from outrider.errors import OutriderError
 from outrider.serving.logs import configure_logging
@@ -72,6 +73,7 @@ _LIMITS = DriverConfig().budget_limits
     show_default=True,
     help="Seconds without progress after which a verifier counts as lost.",
 )
+@http_options
 @logging_options
 def command(
     log_level: str,
@@ -84,6 +86,7 @@ def command(
     draft_depth_max: int,
     draft_width_max: int,
     verifier_timeout_s: float,
+    http: HttpConfig | None,
     **options: Any,
 ) -> None:
     """Run an orchestrator: the front door; finds workers in Redis and by static addresses."""
@@ -99,6 +102,7 @@ def command(
             ),
             verifier_timeout_s=verifier_timeout_s,
         ),
+        http=http,
         **options,
     )
     if not (config.redis_url or config.verifiers):

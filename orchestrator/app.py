@@ -9,6 +9,8 @@ from collections.abc import AsyncIterator
 from orchestrator.config import OrchestratorConfig
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
+from orchestrator.http.app import Door
+from orchestrator.http.server import HttpServer
 from orchestrator.placing import Placer
 from orchestrator.prefix_lookup import PrefixLookup
 from orchestrator.service import SERVICE_NAMES, GenerationService
@@ -22,26 +24,39 @@ _log = logging.getLogger(__name__)
 
 async def serve(config: OrchestratorConfig) -> None:
     """Run until asked to stop. Raises `ConfigError` at start."""
-    fleet = Fleet(config.name, verifiers=config.verifiers, drafters=config.drafters)
+    fleet = Fleet(config.name, verifiers=config.verifiers, drafters=config.drafters, tls=config.tls)
     connection = Connection(config.redis_url) if config.redis_url is not None else None
     lookup = None
     if connection is not None:
         lookup = PrefixLookup(KvIndex(connection), config.driver.prefix_lookup_s)
     driver = Driver(fleet, config.driver, Placer(fleet, lookup))
-    server = Server(SERVICE_NAMES, host=config.host, port=config.port)
+    server = Server(
+        SERVICE_NAMES,
+        host=config.host,
+        port=config.port,
+        tls=config.tls,
+        plaintext=config.plaintext,
+    )
     GenerationService(driver, fleet, config.driver).register(server)
+    http = None
+    if config.http is not None:
+        http = HttpServer(Door(driver, fleet, config.driver, config.http), config.http)
     driver.start()
     try:
         async with _discovery(connection, fleet):
             address = await server.start()
             await server.set_ready(True)
             _log.info("listening on %s", address)
+            if http is not None:
+                _log.info("listening on %s", await http.start())
             await stop_requested()
             await server.set_ready(False)
             await driver.drain(config.drain_s)
     finally:
         await server.stop(_STREAMS_GRACE_S)
         await driver.close()
+        if http is not None:
+            await http.stop()
         if lookup is not None:
             await lookup.close()
         if connection is not None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from pathlib import Path
 
+from outrider.config import Tls
 from outrider.domain import DraftBudget
 
 
@@ -34,6 +36,39 @@ class DriverConfig:
 
 
 @dataclass(frozen=True)
+class HttpConfig:
+    """The HTTP front door, and what it puts up with."""
+
+    host: str
+    port: int
+    certificate: Path | None = None
+    """PEM, with intermediates; read anew when it changes. None: plaintext."""
+    private_key: Path | None = None
+    keys: Path | None = None
+    """Who may ask; None: everybody."""
+    open_to_all: bool = False
+    """Neither keys nor TLS are insisted upon where others than this machine can connect."""
+    vllm_metrics: bool = False
+    """Also export metrics under vLLM's names."""
+    connections_max: int = 4_096
+    header_bytes_max: int = 32 * 1024
+    header_timeout_s: float = 10.0
+    """In which a request's head must have come."""
+    body_bytes_max: int = 2 * 1024 * 1024
+    bodies_bytes_max: int = 256 * 1024 * 1024
+    """Bodies that are being read, all together."""
+    body_timeout_s: float = 30.0
+    write_timeout_s: float = 30.0
+    """A client that reads nothing for so long is given up, and its generation with it."""
+    write_buffer_bytes: int = 16 * 1024
+    """For each connection; a client that is behind by more gets larger chunks instead."""
+    send_buffer_bytes: int = 64 * 1024
+    """Likewise, in the kernel, which would set aside megabytes for a client that reads slowly."""
+    tokenize_bytes_max: int = 16 * 1024
+    """Larger bodies are tokenized in a thread."""
+
+
+@dataclass(frozen=True)
 class OrchestratorConfig:
     """Everything an orchestrator process needs to know."""
 
@@ -46,3 +81,9 @@ class OrchestratorConfig:
     name: str
     drain_s: float
     driver: DriverConfig
+    http: HttpConfig | None = None
+    """None: gRPC only."""
+    tls: Tls | None = None
+    """Between services; None: plaintext."""
+    plaintext: bool = False
+    """Plaintext is meant, even where other machines can connect."""

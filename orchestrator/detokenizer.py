@@ -53,6 +53,12 @@ class Detokenizers:
             return WindowDetokenizer(self._tokenizer)
         return ByteDetokenizer(self._token_bytes)
 
+    def token_bytes(self, token: int) -> bytes:
+        """Return what an id stands for by itself; empty if it is unknown or special."""
+        if self._token_bytes is None:
+            return self._tokenizer.decode([token]).encode()
+        return self._token_bytes[token]
+
 
 class ByteDetokenizer:
     """For tokenizers whose ids stand for bytes."""

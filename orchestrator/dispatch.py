@@ -51,6 +51,9 @@ class Dispatch:
             case OpenOnVerifier(spec):
                 verifier.sessions.add(number)
                 verifier.open(spec)
+                if running.follower is not None:
+                    running.follower.reopened()
+                    self.predict(running)
             case AbortOnVerifier(_, epoch):
                 verifier.sessions.discard(number)
                 verifier.abort(number, epoch)
@@ -64,6 +67,17 @@ class Dispatch:
             drafter = self._fleet.drafters.get(running.session.bindings.get(binding, ""))
             if drafter is not None:
                 drafter.commit(running.number, data)
+
+    def predict(self, running: Running) -> None:
+        """Offer guesses from the client's predicted output, if there are new ones."""
+        session, follower = running.session, running.follower
+        verifier = self._fleet.verifiers.get(session.verifier or "")
+        if follower is None or verifier is None:
+            return
+        draft = follower.draft(session.epoch, session.output)
+        if draft is not None:
+            source = self._fleet.prediction_source
+            verifier.offer(running.number, source, wire.draft_to_bytes(draft))
 
     def bind(self, running: Running, command: BindDrafter) -> None:
         """Send prompt and committed tokens to a drafter."""

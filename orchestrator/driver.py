@@ -12,13 +12,14 @@ import contextlib
 import logging
 import secrets
 import time
+from collections.abc import Mapping
 from dataclasses import replace
 
 from orchestrator.config import DriverConfig
 from orchestrator.dispatch import Dispatch
 from orchestrator.engagement import Engagement, Rotation
 from orchestrator.fleet import Fleet, Listener
-from orchestrator.generation import Delivery, Ending, Generation, Running
+from orchestrator.generation import Delivery, Ending, Generation, PredictionUse, Running
 from orchestrator.jobs import Job
 from orchestrator.messages import (
     AbortOnVerifier,
@@ -51,7 +52,9 @@ from orchestrator.messages import (
     UnbindDrafter,
     VerifierLost,
 )
+from orchestrator.meters import Meters
 from orchestrator.placing import Placer
+from orchestrator.prediction import Follower
 from orchestrator.prefix_memory import Prefix
 from orchestrator.session import Session, State
 from orchestrator.text import TextStream
@@ -64,12 +67,28 @@ from orchestrator.workers import (
     VerifierBatch,
     VerifierLink,
 )
-from outrider.errors import Exhausted, OutriderError, Unavailable
+from outrider.domain import SpeculationCounters
+from outrider.errors import (
+    Exhausted,
+    InternalError,
+    InvalidRequest,
+    OutriderError,
+    StaleEpoch,
+    Unavailable,
+)
 
 REVIEWED_MAX = 1_024
 """Sessions whose drafters are reviewed in one sweep, about."""
 SWEEP_SLICE = 64
 """Sessions looked at in one go."""
+OUTCOMES: Mapping[type, str] = {
+    Exhausted: "exhausted",
+    Unavailable: "unavailable",
+    InvalidRequest: "invalid",
+    StaleEpoch: "superseded",
+    InternalError: "internal",
+}
+"""How requests that fail are counted."""
 
 _log = logging.getLogger(__name__)
 
@@ -86,6 +105,7 @@ class Driver:
         self._dispatch = Dispatch(fleet, config.budget_limits)
         self._rotation: Rotation = Rotation()
         self._draining = False
+        self.meters = Meters()
         self._idle: asyncio.Event | None = None
         """Set when a drain has nothing left to wait for."""
         self._sweeper: asyncio.Task[None] | None = None
@@ -119,9 +139,21 @@ class Driver:
         await self._fleet.close()
 
     @property
+    def draining(self) -> bool:
+        """True once nothing new is taken."""
+        return self._draining
+
+    @property
     def load(self) -> int:
         """Sessions under way; each choice of a generation is one."""
         return len(self._running)
+
+    def counters(self) -> SpeculationCounters:
+        """What speculation did so far, in all sessions; reads all of them."""
+        total = self.meters.ended
+        for running in self._running.values():
+            total = total.plus(running.session.counters)
+        return total
 
     # --- requests ---
 
@@ -131,9 +163,11 @@ class Driver:
         `prefix` is what `placer.find` found out about the job's prompt.
         """
         if self._draining:
+            self.meters.requests["unavailable"] += 1
             raise Unavailable("the orchestrator is draining; ask another replica")
         wanted = len(job.choices)
         if len(self._running) + wanted > self._config.sessions_max:
+            self.meters.requests["exhausted"] += 1
             raise Exhausted(
                 f"the orchestrator has {len(self._running)} of its {self._config.sessions_max} "
                 f"sessions and was asked for {wanted} more; try again later"
@@ -150,9 +184,11 @@ class Driver:
                 progress_s=now_s,
                 prefix=prefix,
                 trace=SessionTrace(now_s) if job.trace else None,
+                follower=Follower(job.prompt, job.prediction) if job.prediction else None,
             )
             for choice, session in enumerate(self._sessions(job))
         ]
+        self.meters.prompt_tokens += len(job.prompt)
         self._running.update({running.number: running for running in generation.choices})
         for running in generation.choices:
             # If one cannot be placed, all have ended: to them nothing happens any more.
@@ -173,7 +209,10 @@ class Driver:
 
     def abandon(self, generation: Generation) -> None:
         """Free everything that a generation holds; harmless after its end."""
-        for running in generation.unfinished():
+        unfinished = list(generation.unfinished())
+        if unfinished and not generation.mailbox.closed:
+            self.meters.requests["abandoned"] += 1
+        for running in unfinished:
             self._step(running, ClientGone())
 
     # --- what workers say ---
@@ -182,10 +221,12 @@ class Driver:
         now_s = time.monotonic()
         if batch.step is not None:
             link.took_step(batch.step, now_s)
+            self.meters.step_s.observe(batch.step.duration_s)
         for number, epoch in batch.opened:
             running = self._on(link, number)
             if running is not None:
                 running.heard_s = running.progress_s = now_s
+                self.meters.queued_s.observe(now_s - running.generation.started_s)
                 self._step(running, Opened(epoch))
         for rejection in batch.rejections:
             running = self._on(link, rejection.session)
@@ -200,11 +241,21 @@ class Driver:
             running = self._on(link, number)
             if running is None:
                 continue
+            self._count(running, now_s, len(commit.tokens))
             running.heard(now_s, commit_bytes, commit)
             if running.trace is not None:
                 offset_s = link.clock_offset_s
                 running.trace.committed(now_s, link.address, offset_s, batch.step, commit, report)
             self._step(running, Committed(commit, report))
+            if running.follower is not None and running.session.state is State.DECODING:
+                self._dispatch.predict(running)
+
+    def _count(self, running: Running, now_s: float, tokens: int) -> None:
+        if running.first_token_s is not None and tokens:
+            self.meters.committed(tokens, now_s - running.progress_s)
+        elif tokens:
+            self.meters.first_token_s.observe(now_s - running.generation.started_s)
+            self.meters.accepted(tokens - 1)
 
     def _drafter_batch(self, link: DrafterLink, batch: DrafterBatch) -> None:
         if batch.step is not None:
@@ -225,6 +276,7 @@ class Driver:
             if running is not None:
                 _log.warning("drafter %s: %s", link.address, rejection.message)
                 link.sessions.discard(rejection.session)
+                self.meters.migrations["drafter", "refused"] += 1
                 self._step(running, DrafterGone(rejection.binding, refused=True))
         for resync in batch.resyncs:
             running = self._bound(link, resync.session, resync.binding)
@@ -259,6 +311,7 @@ class Driver:
                 continue
             bindings = bereft.session.bindings
             for binding in [b for b, address in bindings.items() if address == link.address]:
+                self.meters.migrations["drafter", "unavailable"] += 1
                 self._step(bereft, DrafterGone(binding))
 
     def _on(self, link: VerifierLink, number: int) -> Running | None:
@@ -359,6 +412,7 @@ class Driver:
                         gain=judgement.gains[binding],
                     )
                 del drafters[binding]
+                self.meters.migrations["drafter", "useless"] += 1
                 self._step(running, DrafterUseless(binding))
             if not running.session.bindings:
                 running.engagement.ended(now_s)
@@ -406,15 +460,37 @@ class Driver:
                 total_s = time.monotonic() - generation.started_s
                 first_s = running.first_token_s or total_s
                 trace = running.trace.to_json() if running.trace is not None else b""
-                generation.say(Ending(running.choice, command, first_s, total_s, trace))
+                ending = Ending(
+                    running.choice,
+                    command,
+                    first_s,
+                    total_s,
+                    trace,
+                    running.steps_by_accepted,
+                    self._use_of(running, command),
+                )
+                generation.say(ending)
+                self.meters.total_s.observe(total_s)
+                self.meters.completion_tokens += command.completion_tokens
+                if not any(generation.unfinished()):
+                    self.meters.requests[command.reason.value] += 1
+
+    def _use_of(self, running: Running, finish: Finish) -> PredictionUse:
+        if running.follower is None:
+            return PredictionUse(0, 0)
+        accepted = finish.counters.accepted_by_source.get(self._fleet.prediction_source, 0)
+        return PredictionUse(accepted, max(0, running.follower.predicted_tokens - accepted))
 
     def _fail(self, generation: Generation, error: OutriderError) -> None:
         """End all choices: half a generation is of no use, and a stream has one status."""
+        if not generation.mailbox.closed:
+            self.meters.requests[OUTCOMES.get(type(error), "internal")] += 1
         generation.fail(error)
         self.abandon(generation)
 
     def _forget(self, running: Running) -> None:
-        self._running.pop(running.number, None)
+        if self._running.pop(running.number, None) is not None:
+            self.meters.ended = self.meters.ended.plus(running.session.counters)
         verifier = self._fleet.verifiers.get(running.session.verifier or "")
         if verifier is not None:
             verifier.sessions.discard(running.number)
@@ -428,6 +504,9 @@ class Driver:
         chosen = self.placer.verifier(running.prefix, model, spec, exclude)
         now_s = time.monotonic()
         running.heard_s = running.progress_s = now_s
+        if running.session.setback is not None:
+            cause = OUTCOMES.get(type(running.session.setback), "internal")
+            self.meters.migrations["verifier", cause] += 1
         if chosen is None:
             self._step(running, NotPlaced(f"no verifier for {model} has room; try again later"))
             return

@@ -20,6 +20,7 @@ from orchestrator.workers import (
     VerifierBatch,
     VerifierLink,
 )
+from outrider.config import Tls
 from outrider.domain import TARGET_SOURCE, ModelInfo
 from outrider.errors import Mismatch
 from outrider.registry import WorkerRecord
@@ -78,13 +79,19 @@ class Fleet:
     """Links to workers, and the tokenizers of the models that they serve."""
 
     def __init__(
-        self, name: str, *, verifiers: Iterable[str] = (), drafters: Iterable[str] = ()
+        self,
+        name: str,
+        *,
+        verifiers: Iterable[str] = (),
+        drafters: Iterable[str] = (),
+        tls: Tls | None = None,
     ) -> None:
-        self._name = name
+        self._name, self._tls = name, tls
         self._static = {"verifier": frozenset(verifiers), "drafter": frozenset(drafters)}
         self.verifiers: dict[str, VerifierLink] = {}
         self.drafters: dict[str, DrafterLink] = {}
         self._sources = itertools.count(TARGET_SOURCE + 1)
+        self._prediction_source: int | None = None
         self._codecs: dict[str, TextCodec] = {}
         self._listener: Listener | None = None
         self._elsewhere: dict[str, Elsewhere] = {}
@@ -124,6 +131,7 @@ class Fleet:
                 on_batch=self._listener.verifier_batch,
                 on_tokenizer=self._load_codec,
                 has_tokenizer=lambda info: info.tokenizer_fingerprint in self._codecs,
+                tls=self._tls,
             )
             self.verifiers[address] = verifier
             verifier.start()
@@ -134,6 +142,7 @@ class Fleet:
                 source=next(self._sources),
                 on_change=self._listener.drafter_changed,
                 on_batch=self._listener.drafter_batch,
+                tls=self._tls,
             )
             self.drafters[address] = drafter
             drafter.start()
@@ -174,6 +183,18 @@ class Fleet:
             for record in records
             for links in (self.verifiers if record.role == "verifier" else self.drafters,)
         }
+
+    @property
+    def prediction_source(self) -> int:
+        """Source number of what clients predict; one for all, as if it were one drafter."""
+        if self._prediction_source is None:
+            self._prediction_source = next(self._sources)
+        return self._prediction_source
+
+    @property
+    def known_prediction_source(self) -> int | None:
+        """The same, or None if no client has predicted anything yet."""
+        return self._prediction_source
 
     def _seen_elsewhere(
         self, record: WorkerRecord, link: VerifierLink | DrafterLink | None

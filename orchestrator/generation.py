@@ -13,6 +13,7 @@ from typing import NamedTuple, TypeAlias
 
 from orchestrator.engagement import Engagement
 from orchestrator.messages import Deliver, DeliverPrompt, Finish
+from orchestrator.prediction import Follower
 from orchestrator.prefix_memory import Prefix
 from orchestrator.session import Session, State
 from orchestrator.tracing import SessionTrace
@@ -29,6 +30,14 @@ class Delivery(NamedTuple):
 
 
 @dataclass(frozen=True, slots=True)
+class PredictionUse:
+    """What became of the client's predicted output, in tokens."""
+
+    accepted: int
+    rejected: int
+
+
+@dataclass(frozen=True, slots=True)
 class Ending:
     """The end of one choice, with its times in seconds."""
 
@@ -38,6 +47,9 @@ class Ending:
     total_s: float
     trace: bytes = b""
     """Timeline, if the request asked for one."""
+    steps_by_accepted: tuple[int, ...] = ()
+    """How many verify steps accepted 0, 1, 2, ... guesses."""
+    predicted: PredictionUse = field(default_factory=lambda: PredictionUse(0, 0))
 
 
 Output: TypeAlias = DeliverPrompt | Delivery | Ending | OutriderError
@@ -66,14 +78,26 @@ class Running:
     """Timeline, if the request asked for one."""
     commit_bytes: bytes = b""
     """The commit under way, as it came."""
+    follower: Follower | None = None
+    """Guesses from the client's predicted output, if there is one."""
+    steps_by_tokens: dict[int, int] = field(default_factory=dict)
+    """Verify steps by the number of tokens that they committed."""
 
     def heard(self, now_s: float, commit_bytes: bytes, commit: Commit) -> None:
         """Take note of a commit that arrived."""
         self.heard_s, self.commit_bytes = now_s, commit_bytes
         if commit.tokens:
             self.progress_s = now_s
+            count = len(commit.tokens)
+            self.steps_by_tokens[count] = self.steps_by_tokens.get(count, 0) + 1
             if self.first_token_s is None:
                 self.first_token_s = now_s - self.generation.started_s
+
+    @property
+    def steps_by_accepted(self) -> tuple[int, ...]:
+        """How many verify steps accepted 0, 1, 2, ... guesses."""
+        most = max(self.steps_by_tokens, default=1)
+        return tuple(self.steps_by_tokens.get(count, 0) for count in range(1, most + 1))
 
     @property
     def number(self) -> int:

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from orchestrator.config import DriverConfig
 from orchestrator.text import TextCodec
 from outrider.domain import ModelInfo, SamplingParams, SessionSpec, session_seed
-from outrider.errors import InvalidRequest
+from outrider.errors import InvalidRequest, Unavailable, UnknownModel
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class Request:
     prompt_logprobs: int | None = None
     cache_salt: str = ""
     trace: bool = False
+    prediction: str = ""
+    """Text that the output may repeat."""
 
     @property
     def input_field(self) -> str:
@@ -58,6 +60,8 @@ class Job:
     speculation: bool
     trace: bool = False
     """Timelines of the sessions are wanted."""
+    prediction: tuple[int, ...] = ()
+    """Ids that the output may repeat."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -68,6 +72,23 @@ class Job:
     def prompt_logprobs(self) -> bool:
         """True if log-probabilities of the prompt's tokens are wanted."""
         return self.choices[0].prompt_logprobs is not None
+
+
+def model_named(name: str, models: Mapping[str, ModelInfo]) -> ModelInfo:
+    """Return the model asked for; no name is enough where there is only one.
+
+    Raises `UnknownModel`, `InvalidRequest`, or `Unavailable` if there is no model at all.
+    """
+    if not models:
+        raise Unavailable("no verifier is ready; try again in a moment")
+    served = ", ".join(sorted(models))
+    if not name:
+        if len(models) > 1:
+            raise InvalidRequest("model", f"must be given, one of: {served}")
+        return next(iter(models.values()))
+    if name not in models:
+        raise UnknownModel("model", f"no verifier serves {name!r}; served: {served}")
+    return models[name]
 
 
 def job_of(request: Request, info: ModelInfo, codec: TextCodec, config: DriverConfig) -> Job:
@@ -96,7 +117,13 @@ def job_of(request: Request, info: ModelInfo, codec: TextCodec, config: DriverCo
         for choice in range(1, request.n)
     )
     return Job(
-        info, request.seed, (first, *others), request.stop, request.speculation, request.trace
+        info,
+        request.seed,
+        (first, *others),
+        request.stop,
+        request.speculation,
+        request.trace,
+        prediction=codec.encode_prediction(request.prediction) if request.prediction else (),
     )
 
 

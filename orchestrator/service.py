@@ -13,11 +13,11 @@ from orchestrator.config import DriverConfig
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
 from orchestrator.generation import Delivery, Ending
-from orchestrator.jobs import Job, Request, job_of
+from orchestrator.jobs import Job, Request, job_of, model_named
 from orchestrator.messages import DeliverPrompt
 from outrider import wire
 from outrider.domain import ModelInfo
-from outrider.errors import InvalidRequest, Unavailable, UnknownModel
+from outrider.errors import InvalidRequest
 from outrider.serving.server import Server
 from outrider.serving.status import status_of_errors
 from outrider.v1 import generation_pb2, generation_pb2_grpc
@@ -46,7 +46,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> AsyncIterator[generation_pb2.GenerateResponse]:
         """Generate what was asked for and stream it; leaving early frees both fleets."""
         async with status_of_errors(context):
-            info = self._model(request.model)
+            info = model_named(request.model, self._fleet.models())
             asked = _request(request, self._config)
             job = job_of(asked, info, self._fleet.codec(info), self._config)
             prefix = await self._driver.placer.find(job)
@@ -64,19 +64,6 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
                         yield _response(output, len(job.prompt))
             finally:
                 self._driver.abandon(generation)
-
-    def _model(self, name: str) -> ModelInfo:
-        models = self._fleet.models()
-        if not models:
-            raise Unavailable("no verifier is ready; try again in a moment")
-        served = ", ".join(sorted(models))
-        if not name:
-            if len(models) > 1:
-                raise InvalidRequest("model", f"must be given, one of: {served}")
-            return next(iter(models.values()))
-        if name not in models:
-            raise UnknownModel("model", f"no verifier serves {name!r}; served: {served}")
-        return models[name]
 
     async def ListModels(
         self,
@@ -117,7 +104,7 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """What placing the request that is asked about would cost, by address."""
         if not request.HasField("placement_of"):
             return {}
-        info = self._model(request.placement_of.model)
+        info = model_named(request.placement_of.model, self._fleet.models())
         asked = _request(request.placement_of, self._config)
         job = job_of(asked, info, self._fleet.codec(info), self._config)
         placer = self._driver.placer

@@ -35,6 +35,8 @@ class TextCodec:
         self.fingerprint: Final = tokenizer_fingerprint(tokenizer)
         """Identity of the vocabulary; see `outrider.tokenizer.tokenizer_fingerprint`."""
         self._detokenizers = Detokenizers(tokenizer, self.vocabulary_size)
+        added = tokenizer.get_added_tokens_decoder()
+        self._special = {token: entry.content for token, entry in added.items() if entry.special}
 
     @classmethod
     def from_files(
@@ -78,6 +80,18 @@ class TextCodec:
         text = self._chat_template.render(messages)
         # The template has written the special tokens already.
         return self._encode("chat", text, add_special_tokens=False)
+
+    def encode_prediction(self, text: str) -> tuple[int, ...]:
+        """Return the ids of text that an output may hold, without special tokens.
+
+        Raises `InvalidRequest`.
+        """
+        return self._encode("prediction", text, add_special_tokens=False)
+
+    def token_bytes(self, token: int) -> bytes:
+        """Return the bytes that an id stands for by itself; special ones read as their names."""
+        name = self._special.get(token)
+        return self._detokenizers.token_bytes(token) if name is None else name.encode()
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` as it reads behind a prompt, without special tokens.

@@ -22,6 +22,7 @@ import grpc.aio
 
 from orchestrator.budgets import DrafterPace, VerifierPace
 from outrider import wire
+from outrider.config import Tls
 from outrider.domain import (
     PROTOCOL_VERSION,
     BindSpec,
@@ -37,6 +38,7 @@ from outrider.domain import (
 )
 from outrider.errors import Mismatch, OutriderError
 from outrider.serving.server import CHANNEL_OPTIONS
+from outrider.serving.tls import channel_credentials, channel_options
 from outrider.v1 import (
     drafter_pb2,
     drafter_pb2_grpc,
@@ -104,8 +106,9 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
 
     role: str
 
-    def __init__(self, address: str, orchestrator: str) -> None:
+    def __init__(self, address: str, orchestrator: str, tls: Tls | None) -> None:
         self.address = address
+        self._tls = tls
         self.state = LinkState.CONNECTING
         self.reason = "not reached yet"
         self.info: ModelInfo | None = None
@@ -181,8 +184,15 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
             backoff_s = BACKOFF_MIN_S if was_ready else min(backoff_s * 2, BACKOFF_MAX_S)
             await asyncio.sleep(backoff_s)
 
+    def _channel(self) -> grpc.aio.Channel:
+        # Anew for each attempt, so that certificates are, too. Raises `ConfigError`.
+        if self._tls is None:
+            return grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS)
+        options = (*CHANNEL_OPTIONS, *channel_options(self._tls))
+        return grpc.aio.secure_channel(self.address, channel_credentials(self._tls), options)
+
     async def _serve(self) -> None:
-        async with grpc.aio.insecure_channel(self.address, options=CHANNEL_OPTIONS) as channel:
+        async with self._channel() as channel:
             worker = worker_pb2_grpc.WorkerServiceStub(channel)
 
             async def ask() -> worker_pb2.GetModelInfoResponse:
@@ -265,8 +275,9 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
         on_batch: Callable[[VerifierLink, VerifierBatch], None],
         on_tokenizer: Callable[[ModelInfo, dict[str, bytes]], Awaitable[None]],
         has_tokenizer: Callable[[ModelInfo], bool],
+        tls: Tls | None = None,
     ) -> None:
-        super().__init__(address, orchestrator)
+        super().__init__(address, orchestrator, tls)
         self.step = NO_STEP
         """Of the last verify step; kept by the driver."""
         self.pace = VerifierPace()
@@ -361,8 +372,9 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
         source: int,
         on_change: Callable[[DrafterLink], None],
         on_batch: Callable[[DrafterLink, DrafterBatch], None],
+        tls: Tls | None = None,
     ) -> None:
-        super().__init__(address, orchestrator)
+        super().__init__(address, orchestrator, tls)
         self.source = source
         """Number under which its guesses go; no other drafter of this orchestrator has it."""
         self.grow: GrowReport | None = None

@@ -216,14 +216,19 @@ def local_options(command: F) -> F:
 @main.command()
 @local_options
 @click.option("--port", type=click.IntRange(1, 65535), default=50050, show_default=True)
-def local(port: int, **options: Any) -> None:
+@click.option("--http-port", type=click.IntRange(1, 65535), default=8080, show_default=True)
+def local(port: int, http_port: int, **options: Any) -> None:
     """Run a whole fleet on this machine, each service its own process, until Ctrl-C."""
     from outrider.local import LocalConfig, LocalFleet, wait_for_stop
 
     console = Console(stderr=True)
-    with LocalFleet(LocalConfig(port=port, **options), console) as fleet:
+    with LocalFleet(LocalConfig(port=port, http_port=http_port, **options), console) as fleet:
         console.print(
             f"ready on [bold]{fleet.endpoint}[/]; logs in {fleet.log_dir}", soft_wrap=True
+        )
+        console.print(
+            f"OpenAI-compatible on [bold]{fleet.http_url}/v1[/]; in a browser: {fleet.http_url}",
+            soft_wrap=True,
         )
         console.print(
             f'try: outrider chat --endpoint {fleet.endpoint} "Why is the sky blue?"', soft_wrap=True

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -16,3 +17,15 @@ DEFAULT_CACHE = Path.home() / ".cache" / "outrider"
 """Where models are kept."""
 DEFAULT_ENDPOINT = "127.0.0.1:50050"
 """Where clients look for an orchestrator."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tls:
+    """Who a service is to the others, and whom it trusts; PEM files."""
+
+    certificate: Path
+    private_key: Path
+    authority: Path
+    """Certificates by this authority are accepted, of clients and servers alike."""
+    server_name: str | None = None
+    """Name in the servers' certificates; None: the address that was connected to."""

@@ -46,6 +46,8 @@ class LocalConfig:
     cache_dir: Path
     port: int | None
     """Of the orchestrator; None picks a free one."""
+    http_port: int | None = None
+    """Likewise, for HTTP."""
 
 
 @dataclass(slots=True)
@@ -63,6 +65,7 @@ class LocalFleet:
         self._console = console
         self.log_dir = config.log_dir or Path(tempfile.mkdtemp(prefix="outrider-"))
         self.endpoint = f"127.0.0.1:{config.port or _free_port()}"
+        self.http_url = f"http://127.0.0.1:{config.http_port or _free_port()}"
         self._services: list[_Service] = []
         self._redis: RedisServer | None = None
 
@@ -120,6 +123,8 @@ class LocalFleet:
         config = self._config
         if config.port is not None:
             _require_free(config.port)
+        if config.http_port is not None:
+            _require_free(config.http_port)
         self.log_dir.mkdir(parents=True, exist_ok=True)
         for model in dict.fromkeys(m for m in (config.model, config.draft_model) if m):
             self._fetch(model)
@@ -132,6 +137,7 @@ class LocalFleet:
             self._spawn(f"drafter-{number}", "drafter_service", self._drafter_arguments(number))
         host, port = self.endpoint.rsplit(":", 1)
         arguments = ["--host", host, "--port", port]
+        arguments += ["--http-address", self.http_url.removeprefix("http://")]
         self._spawn("orchestrator", "orchestrator", arguments)
 
     def _fetch(self, model: str) -> None:

@@ -56,7 +56,13 @@ async def serve(config: VerifierConfig) -> None:
     if config.engine.warm_up:
         await loop.run_in_executor(thread, engine.warm_up, _report_warm_up)
     engine.start(thread)
-    server = Server(SERVICE_NAMES, host=config.host, port=config.port)
+    server = Server(
+        SERVICE_NAMES,
+        host=config.host,
+        port=config.port,
+        tls=config.tls,
+        plaintext=config.plaintext,
+    )
     service.register(server)
 
     def record(address: str) -> WorkerRecord:

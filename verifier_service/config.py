@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from outrider.config import Device, Dtype, Quantize
+from outrider.config import Device, Dtype, Quantize, Tls
 
 
 @dataclass(frozen=True)
@@ -56,3 +56,7 @@ class VerifierConfig:
     cache_dir: Path
     drain_s: float
     engine: EngineConfig
+    tls: Tls | None = None
+    """Between services; None: plaintext."""
+    plaintext: bool = False
+    """Plaintext is meant, even where other machines can connect."""

@@ -45,11 +45,17 @@ class Usage:
 
 @contextmanager
 def relay_fleet(
-    sessions: int, *, rows: int, channels: int, profile: Path | None
+    sessions: int,
+    *,
+    rows: int,
+    channels: int,
+    profile: Path | None = None,
+    http_port: int | None = None,
 ) -> Iterator[tuple[Child, Child, psutil.Process]]:
     """Workers, clients and an orchestrator between them, each on its cores.
 
-    With `profile` the orchestrator is one that writes its profile there.
+    With `profile` the orchestrator is one that writes its profile there, with `http_port` it
+    serves HTTP, too.
     """
     workers = Child(
         "bench.relaying.workers",
@@ -57,7 +63,7 @@ def relay_fleet(
         *("--rows", str(rows)),
     )
     addresses = workers.ask("where")
-    port = _free_port()
+    port = free_port()
     module = ["-m", "orchestrator"]
     if profile is not None:
         module = ["-m", "bench.relaying.profiled", str(profile), "--"]
@@ -67,6 +73,7 @@ def relay_fleet(
             *(f"--verifier={address}" for address in addresses["verifiers"]),
             *(f"--drafter={address}" for address in addresses["drafters"]),
             *("--sessions-max", str(sessions), "--drain", "0"),
+            *("--http-address", f"127.0.0.1:{http_port}" if http_port else "off"),
             *("--drafters-per-session", str(DRAFTERS)),
         ]
     )
@@ -90,7 +97,8 @@ def relay_fleet(
         workers.close()
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback that nobody listens on."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port: int = probe.getsockname()[1]

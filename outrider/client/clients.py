@@ -17,10 +17,12 @@ from outrider.client.messages import (
     worker_from_pb,
 )
 from outrider.client.types import Completion, Event, Request, Worker
+from outrider.config import Tls
 from outrider.domain import ModelInfo
 from outrider.errors import OutriderError, Unavailable
 from outrider.serving.server import CHANNEL_OPTIONS
 from outrider.serving.status import error_of_status
+from outrider.serving.tls import channel_credentials, channel_options
 from outrider.v1 import generation_pb2, generation_pb2_grpc
 
 CALL_TIMEOUT_S = 30.0
@@ -29,9 +31,14 @@ CALL_TIMEOUT_S = 30.0
 class AsyncClient:
     """asyncio client; one channel, any number of generations at once."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
+        """Raises `ConfigError` if the certificates cannot be read."""
         self._address = address
-        self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        if tls is None:
+            self._channel = grpc.aio.insecure_channel(address, options=CHANNEL_OPTIONS)
+        else:
+            options = (*CHANNEL_OPTIONS, *channel_options(tls))
+            self._channel = grpc.aio.secure_channel(address, channel_credentials(tls), options)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     async def __aenter__(self) -> AsyncClient:
@@ -108,9 +115,14 @@ class AsyncClient:
 class Client:
     """Blocking client; may be shared by threads."""
 
-    def __init__(self, address: str) -> None:
+    def __init__(self, address: str, *, tls: Tls | None = None) -> None:
+        """Raises `ConfigError` if the certificates cannot be read."""
         self._address = address
-        self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        if tls is None:
+            self._channel = grpc.insecure_channel(address, options=CHANNEL_OPTIONS)
+        else:
+            options = (*CHANNEL_OPTIONS, *channel_options(tls))
+            self._channel = grpc.secure_channel(address, channel_credentials(tls), options)
         self._stub = generation_pb2_grpc.GenerationServiceStub(self._channel)
 
     def __enter__(self) -> Client:

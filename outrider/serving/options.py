@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import click
 
-from outrider.config import DEFAULT_CACHE
+from outrider.config import DEFAULT_CACHE, Tls
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -42,9 +43,9 @@ def logging_options(command: F) -> F:
 
 
 def address_options(command: F) -> F:
-    """Add --host, --port, --redis and --drain."""
+    """Add --host, --port, --redis, --drain and what is needed for TLS."""
     return apply(
-        command,
+        _with_tls(command),
         click.option("--host", default="127.0.0.1", show_default=True, help="Listen here."),
         click.option(
             "--port",
@@ -67,7 +68,53 @@ def address_options(command: F) -> F:
             show_default=True,
             help="Seconds that sessions under way get to finish after SIGTERM.",
         ),
+        *(
+            click.option(
+                f"--tls-{name}",
+                type=click.Path(path_type=Path, exists=True, dir_okay=False),
+                envvar=f"OUTRIDER_TLS_{name.upper()}",
+                help=text,
+            )
+            for name, text in (
+                ("cert", "Certificate for gRPC, shown to clients and servers alike; PEM."),
+                ("key", "Its private key; PEM."),
+                ("ca", "Authority that the others' certificates are from; PEM."),
+            )
+        ),
+        click.option(
+            "--tls-server-name",
+            envvar="OUTRIDER_TLS_SERVER_NAME",
+            help="Name in the servers' certificates.  [default: the address]",
+        ),
+        click.option(
+            "--plaintext",
+            is_flag=True,
+            envvar="OUTRIDER_PLAINTEXT",
+            help="Serve gRPC to other machines without TLS.",
+        ),
     )
+
+
+def _with_tls(command: F) -> F:
+    """Turn the TLS options into one argument, `tls`."""
+
+    @functools.wraps(command)
+    def with_tls(
+        *,
+        tls_cert: Path | None,
+        tls_key: Path | None,
+        tls_ca: Path | None,
+        tls_server_name: str | None,
+        **others: Any,
+    ) -> Any:
+        tls = None
+        if tls_cert and tls_key and tls_ca:
+            tls = Tls(tls_cert, tls_key, tls_ca, tls_server_name)
+        elif tls_cert or tls_key or tls_ca or tls_server_name:
+            raise click.UsageError("give all of --tls-cert, --tls-key and --tls-ca, or none")
+        return command(tls=tls, **others)
+
+    return cast(F, with_tls)
 
 
 def worker_options(command: F) -> F:

@@ -16,7 +16,9 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
+from outrider.config import Tls
 from outrider.errors import ConfigError
+from outrider.serving.tls import is_loopback, server_credentials
 
 STREAM_MESSAGE_BYTES_MAX = 64 * 1024 * 1024
 """Between services: a prompt of a million ids fits; gRPC's own default is 4 MiB."""
@@ -47,7 +49,11 @@ class Server:
         host: str,
         port: int,
         message_bytes_max: int = STREAM_MESSAGE_BYTES_MAX,
+        tls: Tls | None = None,
+        plaintext: bool = False,
     ) -> None:
+        """With `plaintext`, other machines may connect although there is no `tls`."""
+        self._tls, self._plaintext = tls, plaintext
         self._service_names = tuple(service_names)
         self._host, self._port = host, port
         self.grpc = grpc.aio.server(
@@ -69,8 +75,16 @@ class Server:
     async def start(self) -> str:
         """Listen; returns "host:port" with the port really bound. Raises `ConfigError`."""
         wanted = f"{self._host}:{self._port}"
+        if self._tls is None and not self._plaintext and not is_loopback(self._host):
+            raise ConfigError(
+                f"other machines can reach {self._host}, so give --tls-cert, --tls-key and "
+                "--tls-ca; or say --plaintext to do without"
+            )
         try:
-            port = self.grpc.add_insecure_port(wanted)
+            if self._tls is None:
+                port = self.grpc.add_insecure_port(wanted)
+            else:
+                port = self.grpc.add_secure_port(wanted, server_credentials(self._tls))
         except RuntimeError:
             port = 0
         if port == 0:

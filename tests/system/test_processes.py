@@ -192,7 +192,8 @@ def test_a_model_that_cannot_be_used_is_reported_before_anything_starts(tmp_path
 def local_command(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
     """`outrider local` as a user runs it."""
     arguments = ["local", "--model", TARGET, "--draft-model", DRAFT, "--drafters", "2"]
-    arguments += ["--port", str(port), "--log-dir", str(folder / "logs")]
+    arguments += ["--port", str(port), "--http-port", str(free_port())]
+    arguments += ["--log-dir", str(folder / "logs")]
     arguments += ["--cache-dir", str(folder / "cache")]
     with (folder / "output").open("w") as output:
         process = subprocess.Popen(

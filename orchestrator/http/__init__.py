@@ -1,0 +1,1 @@
+"""OpenAI-compatible HTTP front door, on the event loop of the gRPC one."""

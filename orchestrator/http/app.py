@@ -1,0 +1,238 @@
+"""The door itself: routes, who may pass, and what errors look like."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import time
+import uuid
+from collections import Counter
+from typing import Any
+
+from starlette.requests import Request
+from starlette.responses import HTMLResponse, Response
+from starlette.routing import Route, Router
+
+import outrider
+from orchestrator.config import DriverConfig, HttpConfig
+from orchestrator.driver import Driver
+from orchestrator.fleet import Fleet
+from orchestrator.http.bodies import BodyReader, ClientGoneError, Receive, Scope, Send
+from orchestrator.http.completions import Completions
+from orchestrator.http.errors import Refusal, refusal_of
+from orchestrator.http.keys import ANYBODY, Keyring, Limiter
+from orchestrator.http.metrics import Exposition
+from orchestrator.http.openapi import document
+from orchestrator.http.page import PAGE
+from orchestrator.http.reading import read_chat, read_completion
+from orchestrator.http.schemas import ChatCompletionRequest, CompletionRequest
+from orchestrator.http.writing import encode
+from orchestrator.jobs import model_named
+from outrider.domain import PROTOCOL_VERSION, RULE_VERSION, ModelInfo
+from outrider.errors import Unavailable
+
+_OPEN = frozenset({"/health", "/health/live", "/health/ready"})
+"""Routes that need no key."""
+
+
+class Door:
+    """The ASGI application."""
+
+    def __init__(
+        self, driver: Driver, fleet: Fleet, limits: DriverConfig, config: HttpConfig
+    ) -> None:
+        self._driver, self._fleet = driver, fleet
+        self.keyring: Keyring | None = None
+        """Who may ask; None: everybody."""
+        self.responses: Counter[tuple[str, int]] = Counter()
+        """Answers by route and status."""
+        self._started_s = int(time.time())
+        exposition = Exposition(driver, fleet, self.responses, vllm_names=config.vllm_metrics)
+        shared: dict[str, Any] = {"bodies": BodyReader(config), "limiter": Limiter()}
+        common = (driver, fleet, limits, config)
+        generating: dict[str, Completions[Any]] = {
+            "/v1/completions": Completions(CompletionRequest, read_completion, *common, **shared),
+            "/v1/chat/completions": Completions(
+                ChatCompletionRequest, read_chat, *common, **shared
+            ),
+        }
+        openapi = encode(document())
+        page = HTMLResponse(PAGE, headers=_PAGE_HEADERS)
+
+        async def metrics(request: Request) -> Response:
+            return Response(exposition.text(), media_type=exposition.media_type)
+
+        async def published(request: Request) -> Response:
+            return Response(openapi, media_type="application/json")
+
+        async def live_page(request: Request) -> Response:
+            return page
+
+        self._router = Router(
+            [
+                Route("/health", self._ready),
+                Route("/health/live", self._live),
+                Route("/health/ready", self._ready),
+                Route("/version", self._version),
+                Route("/metrics", metrics),
+                Route("/openapi.json", published),
+                Route("/v1/models", self._models),
+                Route("/v1/models/{model:path}", self._model),
+                Route("/fleet", self._workers),
+                Route("/", live_page),
+                *(Route(path, app, methods=["POST"]) for path, app in generating.items()),
+            ],
+            redirect_slashes=False,
+        )
+        self._routes = {route.path for route in self._router.routes if isinstance(route, Route)}
+
+    @property
+    def paths(self) -> frozenset[str]:
+        """All routes."""
+        return frozenset(self._routes)
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Serve one request."""
+        if scope["type"] != "http":
+            return
+        path: str = scope["path"]
+        number = uuid.uuid4().hex
+        started = False
+
+        async def told(message: Any) -> None:
+            nonlocal started
+            if message["type"] == "http.response.start":
+                started = True
+                message = {
+                    **message,
+                    "headers": [*message["headers"], (b"x-request-id", number.encode())],
+                }
+                self.responses[path if path in self._routes else "other", message["status"]] += 1
+            await send(message)
+
+        scope["app"] = self  # Has the router raise what it otherwise answers in plain text.
+        try:
+            self._let_in(scope, path)
+            await self._router(scope, receive, told)
+        except ClientGoneError:
+            await _abort(scope, receive)
+        except Exception as error:
+            refusal = refusal_of(error)
+            if started:
+                await _abort(scope, receive)
+                return
+            await _refuse(refusal, told)
+
+    def _let_in(self, scope: Scope, path: str) -> None:
+        scope["state"]["key"] = ANYBODY
+        if self.keyring is not None and path not in _OPEN:
+            authorization = dict(scope["headers"]).get(b"authorization", b"")
+            scope["state"]["key"] = self.keyring.find(authorization.decode("latin-1"))
+
+    # --- small routes ---
+
+    async def _live(self, request: Request) -> Response:
+        return _json({"status": "live"})
+
+    async def _ready(self, request: Request) -> Response:
+        if self._driver.draining:
+            raise Unavailable("the orchestrator is draining; ask another replica")
+        if not self._fleet.models():
+            raise Unavailable("no verifier is ready; try again in a moment")
+        return _json({"status": "ready"})
+
+    async def _version(self, request: Request) -> Response:
+        return _json(
+            {
+                "version": outrider.__version__,
+                "protocol_version": PROTOCOL_VERSION,
+                "rule_version": RULE_VERSION,
+            }
+        )
+
+    async def _models(self, request: Request) -> Response:
+        models = [self._card(info) for info in self._fleet.models().values()]
+        return _json({"object": "list", "data": models})
+
+    async def _model(self, request: Request) -> Response:
+        return _json(self._card(model_named(request.path_params["model"], self._fleet.models())))
+
+    def _card(self, info: ModelInfo) -> dict[str, Any]:
+        return {
+            "id": info.model,
+            "object": "model",
+            "created": self._started_s,
+            "owned_by": "outrider",
+            "max_model_len": info.length_max,
+            "fingerprint": info.model_fingerprint,
+        }
+
+    async def _workers(self, request: Request) -> Response:
+        sources = {link.address: link.source for link in self._fleet.drafters.values()}
+        workers = [
+            {
+                "role": status.role,
+                "address": status.address,
+                "state": status.state,
+                "reason": status.reason,
+                "model": status.info.model if status.info else None,
+                "sessions": status.sessions,
+                "step_s": status.step_s,
+                "kv_tokens_used": status.kv_tokens_used,
+                "waiting": status.waiting,
+                "source": sources.get(status.address) if status.role == "drafter" else None,
+            }
+            for status in self._fleet.statuses()
+        ]
+        counters = self._driver.counters()
+        return _json(
+            {
+                "workers": workers,
+                "sessions": self._driver.load,
+                "rounds": counters.verify_steps,
+                "draft_tokens": counters.verified_draft_tokens,
+                "accepted_tokens": counters.accepted_draft_tokens,
+                "completion_tokens": self._driver.meters.completion_tokens,
+                "prediction_source": self._fleet.known_prediction_source,
+            }
+        )
+
+
+_PAGE_HEADERS = {
+    "content-security-policy": (
+        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
+        " connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
+    ),
+    "x-content-type-options": "nosniff",
+    "referrer-policy": "no-referrer",
+}
+
+
+def _json(value: Any) -> Response:
+    return Response(encode(value), media_type="application/json")
+
+
+async def _refuse(refusal: Refusal, send: Send) -> None:
+    body = encode(refusal.body).encode()
+    headers = {
+        "content-type": "application/json",
+        "content-length": str(len(body)),
+        **refusal.headers,
+    }
+    if refusal.status in (408, 413):
+        headers["connection"] = "close"  # The rest of the body is not going to be read.
+    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+    await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
+    await send({"type": "http.response.body", "body": body, "more_body": False})
+
+
+async def _abort(scope: Scope, receive: Receive) -> None:
+    """Cut the connection off and wait until it is: the client is gone, or must see a break."""
+    abort = scope["state"].get("abort")
+    if abort is None:
+        return
+    abort()
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(1.0):
+            while (await receive())["type"] != "http.disconnect":
+                pass
