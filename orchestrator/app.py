@@ -9,10 +9,12 @@ from collections.abc import AsyncIterator
 from orchestrator.config import OrchestratorConfig
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
+from orchestrator.journaling import JournalWriter
 from orchestrator.placing import Placer
 from orchestrator.prefix_lookup import PrefixLookup
 from orchestrator.service import SERVICE_NAMES, GenerationService
-from outrider.registry import Connection, KvIndex, Registry, WorkerRecord, WorkerWatch
+from orchestrator.takeover import Takeover
+from outrider.registry import Connection, KvIndex, Leases, Registry, WorkerRecord, WorkerWatch
 from outrider.serving.server import Server, stop_requested
 
 _STREAMS_GRACE_S = 0.5
@@ -22,14 +24,24 @@ _log = logging.getLogger(__name__)
 
 async def serve(config: OrchestratorConfig) -> None:
     """Run until asked to stop. Raises `ConfigError` at start."""
-    fleet = Fleet(config.name, verifiers=config.verifiers, drafters=config.drafters)
+    fleet = Fleet(
+        config.name,
+        verifiers=config.verifiers,
+        drafters=config.drafters,
+        worker_timeout_s=config.driver.worker_timeout_s,
+    )
     connection = Connection(config.redis_url) if config.redis_url is not None else None
-    lookup = None
+    lookup = store = journal = None
     if connection is not None:
         lookup = PrefixLookup(KvIndex(connection), config.driver.prefix_lookup_s)
-    driver = Driver(fleet, config.driver, Placer(fleet, lookup))
+    if connection is not None and config.journal is not None:
+        store = Leases(connection, config.journal.retention_s)
+        journal = JournalWriter(store, config.journal)
+        journal.start()
+    driver = Driver(fleet, config.driver, Placer(fleet, lookup), journal)
     server = Server(SERVICE_NAMES, host=config.host, port=config.port)
-    GenerationService(driver, fleet, config.driver).register(server)
+    takeover = Takeover(driver, fleet, store)
+    GenerationService(driver, fleet, config.driver, takeover).register(server)
     driver.start()
     try:
         async with _discovery(connection, fleet):
@@ -39,9 +51,12 @@ async def serve(config: OrchestratorConfig) -> None:
             await stop_requested()
             await server.set_ready(False)
             await driver.drain(config.drain_s)
+            driver.hand_over()
     finally:
         await server.stop(_STREAMS_GRACE_S)
         await driver.close()
+        if journal is not None:
+            await journal.close()
         if lookup is not None:
             await lookup.close()
         if connection is not None:

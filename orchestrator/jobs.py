@@ -37,6 +37,10 @@ class Request:
     prompt_logprobs: int | None = None
     cache_salt: str = ""
     trace: bool = False
+    tenant: str = ""
+    """Who asks, as the door found out; only the same one may resume."""
+    resumable: bool = True
+    """False: nothing of it is kept outside this process."""
 
     @property
     def input_field(self) -> str:
@@ -58,6 +62,9 @@ class Job:
     speculation: bool
     trace: bool = False
     """Timelines of the sessions are wanted."""
+    tenant: str = ""
+    resumable: bool = True
+    """It may be journaled."""
 
     @property
     def prompt(self) -> tuple[int, ...]:
@@ -96,7 +103,14 @@ def job_of(request: Request, info: ModelInfo, codec: TextCodec, config: DriverCo
         for choice in range(1, request.n)
     )
     return Job(
-        info, request.seed, (first, *others), request.stop, request.speculation, request.trace
+        info,
+        request.seed,
+        (first, *others),
+        request.stop,
+        request.speculation,
+        request.trace,
+        request.tenant,
+        request.resumable,
     )
 
 
