@@ -67,6 +67,8 @@ async def test_a_rolling_restart_fails_no_request(cluster):
     assert outcomes.generations >= 4
     assert outcomes.errors == []
     outcomes.tally.assert_identical()
+    logs = {path.name: path.read_text() for path in cluster.log_dir.glob("*.log")}
+    assert [name for name, text in logs.items() if "Traceback" in text] == []
 
 
 async def test_a_verifier_that_stands_still_counts_as_lost(cluster):
