@@ -14,7 +14,12 @@ import grpc.aio
 from outrider import wire
 from outrider.client.calls import CALL_TIMEOUT_S, error_at, inner
 from outrider.client.collecting import Collector, check_single
-from outrider.client.messages import event_from_pb, request_to_pb, worker_from_pb
+from outrider.client.messages import (
+    event_from_pb,
+    list_workers_to_pb,
+    request_to_pb,
+    worker_from_pb,
+)
 from outrider.client.resuming import RESUME_S, Attempts, Progress
 from outrider.client.types import Completion, Event, Request, Worker
 from outrider.config import Tls
@@ -159,11 +164,14 @@ class AsyncClient:
             raise error_at(self._address, error) from None
         return tuple(wire.model_info_from_pb(info) for info in answer.models)
 
-    async def workers(self) -> tuple[Worker, ...]:
-        """List the workers, and why some are not used."""
+    async def workers(self, placement_of: Request | None = None) -> tuple[Worker, ...]:
+        """List the workers, and why some are not used.
+
+        With `placement_of`: also what placing that request on each verifier would cost.
+        """
         try:
             answer = await self._stub.ListWorkers(
-                generation_pb2.ListWorkersRequest(), timeout=CALL_TIMEOUT_S
+                list_workers_to_pb(placement_of), timeout=CALL_TIMEOUT_S
             )
         except grpc.aio.AioRpcError as error:
             raise error_at(self._address, error) from None
