@@ -11,7 +11,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test fuzz demo serve bench bench-verifier bench-pipeline bench-placement bench-http peers clean lock
+.PHONY: help install proto format lint test fuzz chaos demo serve bench bench-verifier bench-pipeline bench-placement bench-http peers clean lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -53,6 +53,9 @@ test: install ## Run the tests (TEST_ARGS="-k tree" for some of them)
 
 fuzz: install ## Send a verifier 100,000 messages that are not as they should be (FUZZ_ARGS="--seed 2")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.verifier_stream $(FUZZ_ARGS)
+
+chaos: install ## Kill, stop and cut off parts of a fleet at random, under load (CHAOS_ARGS="--each 5")
+	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)
 
 demo: install ## Start a small fleet and watch it decode (MODEL=..., DTYPE=...)
 	@$(BIN)/outrider demo $(if $(MODEL),--model '$(MODEL)') $(if $(DTYPE),--dtype '$(DTYPE)')

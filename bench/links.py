@@ -94,6 +94,11 @@ class LinkProxy:
         """Change only a link's delay, one way."""
         self.shape(name, replace(self._shapes[name], delay_s=delay_s))
 
+    @property
+    def pid(self) -> int:
+        """Its process, which cuts all links for as long as it is stopped."""
+        return self._child.pid
+
     def close(self) -> None:
         """End the process and all connections with it."""
         self._child.close()

@@ -80,6 +80,7 @@ async def serve(config: DrafterConfig) -> None:
             publish=publish,
             drain=service.drain,
             load=lambda: 0,  # mirrors are disposable: nothing to wait for
+            hang_up=service.hang_up,
             drain_s=config.drain_s,
         )
     finally:

@@ -8,7 +8,7 @@ from typing import Any
 
 import click
 
-from orchestrator.config import DriverConfig, HttpConfig, OrchestratorConfig
+from orchestrator.config import DriverConfig, HttpConfig, JournalConfig, OrchestratorConfig
 from orchestrator.http.options import http_options
 from outrider.domain import DraftBudget
 from outrider.errors import OutriderError
@@ -73,6 +73,45 @@ _LIMITS = DriverConfig().budget_limits
     show_default=True,
     help="Seconds without progress after which a verifier counts as lost.",
 )
+@click.option(
+    "--worker-timeout",
+    "worker_timeout_s",
+    type=click.FloatRange(min=0.1),
+    default=DriverConfig.worker_timeout_s,
+    show_default=True,
+    help="Seconds after which a worker that does not answer counts as lost.",
+)
+@click.option(
+    "--failover-wait",
+    "failover_wait_s",
+    type=click.FloatRange(min=0),
+    default=DriverConfig.failover_wait_s,
+    show_default=True,
+    help="Seconds that a generation waits for another verifier when it has lost its own.",
+)
+@click.option(
+    "--journal/--no-journal",
+    default=True,
+    show_default=True,
+    help="Keep requests and output in Redis while they are under way, so that another orchestrator"
+    " can go on with them. Without, no content is kept there.",
+)
+@click.option(
+    "--journal-retention",
+    "journal_retention_s",
+    type=click.FloatRange(min=1),
+    default=JournalConfig.retention_s,
+    show_default=True,
+    help="Seconds for which Redis keeps a generation after its last token.",
+)
+@click.option(
+    "--journal-deadline",
+    "journal_deadline_s",
+    type=click.FloatRange(min=0.01),
+    default=JournalConfig.deadline_s,
+    show_default=True,
+    help="Seconds that output waits for Redis at most, before it goes on without being resumable.",
+)
 @http_options
 @logging_options
 def command(
@@ -86,6 +125,11 @@ def command(
     draft_depth_max: int,
     draft_width_max: int,
     verifier_timeout_s: float,
+    worker_timeout_s: float,
+    failover_wait_s: float,
+    journal: bool,
+    journal_retention_s: float,
+    journal_deadline_s: float,
     http: HttpConfig | None,
     **options: Any,
 ) -> None:
@@ -101,7 +145,12 @@ def command(
                 nodes_max=draft_nodes_max, depth_max=draft_depth_max, width_max=draft_width_max
             ),
             verifier_timeout_s=verifier_timeout_s,
+            worker_timeout_s=worker_timeout_s,
+            failover_wait_s=failover_wait_s,
         ),
+        journal=JournalConfig(retention_s=journal_retention_s, deadline_s=journal_deadline_s)
+        if journal
+        else None,
         http=http,
         **options,
     )

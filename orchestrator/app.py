@@ -11,10 +11,12 @@ from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
 from orchestrator.http.app import Door
 from orchestrator.http.server import HttpServer
+from orchestrator.journaling import JournalWriter
 from orchestrator.placing import Placer
 from orchestrator.prefix_lookup import PrefixLookup
 from orchestrator.service import SERVICE_NAMES, GenerationService
-from outrider.registry import Connection, KvIndex, Registry, WorkerRecord, WorkerWatch
+from orchestrator.takeover import Takeover
+from outrider.registry import Connection, KvIndex, Leases, Registry, WorkerRecord, WorkerWatch
 from outrider.serving.server import Server, stop_requested
 
 _STREAMS_GRACE_S = 0.5
@@ -24,12 +26,22 @@ _log = logging.getLogger(__name__)
 
 async def serve(config: OrchestratorConfig) -> None:
     """Run until asked to stop. Raises `ConfigError` at start."""
-    fleet = Fleet(config.name, verifiers=config.verifiers, drafters=config.drafters, tls=config.tls)
+    fleet = Fleet(
+        config.name,
+        verifiers=config.verifiers,
+        drafters=config.drafters,
+        worker_timeout_s=config.driver.worker_timeout_s,
+        tls=config.tls,
+    )
     connection = Connection(config.redis_url) if config.redis_url is not None else None
-    lookup = None
+    lookup = store = journal = None
     if connection is not None:
         lookup = PrefixLookup(KvIndex(connection), config.driver.prefix_lookup_s)
-    driver = Driver(fleet, config.driver, Placer(fleet, lookup))
+    if connection is not None and config.journal is not None:
+        store = Leases(connection, config.journal.retention_s)
+        journal = JournalWriter(store, config.journal)
+        journal.start()
+    driver = Driver(fleet, config.driver, Placer(fleet, lookup), journal)
     server = Server(
         SERVICE_NAMES,
         host=config.host,
@@ -37,10 +49,12 @@ async def serve(config: OrchestratorConfig) -> None:
         tls=config.tls,
         plaintext=config.plaintext,
     )
-    GenerationService(driver, fleet, config.driver).register(server)
+    takeover = Takeover(driver, fleet, store)
+    GenerationService(driver, fleet, config.driver, takeover).register(server)
     http = None
     if config.http is not None:
-        http = HttpServer(Door(driver, fleet, config.driver, config.http), config.http)
+        door = Door(driver, fleet, takeover, config.driver, config.http)
+        http = HttpServer(door, config.http)
     driver.start()
     try:
         async with _discovery(connection, fleet):
@@ -52,11 +66,14 @@ async def serve(config: OrchestratorConfig) -> None:
             await stop_requested()
             await server.set_ready(False)
             await driver.drain(config.drain_s)
+            driver.hand_over()
     finally:
         await server.stop(_STREAMS_GRACE_S)
         await driver.close()
         if http is not None:
             await http.stop()
+        if journal is not None:
+            await journal.close()
         if lookup is not None:
             await lookup.close()
         if connection is not None:

@@ -26,6 +26,10 @@ class DriverConfig:
     """Without a commit for this long, the verifier is asked to repeat."""
     verifier_timeout_s: float = 60.0
     """Without a commit for this long, the verifier counts as lost."""
+    worker_timeout_s: float = 5.0
+    """A worker that neither says anything nor answers when asked counts as lost after so long."""
+    failover_wait_s: float = 30.0
+    """How long a session whose verifier was lost waits for another one; new requests do not."""
     sweep_interval_s: float = 0.5
     prefix_lookup_s: float = 0.005
     """Admission waits so long for Redis to say who holds a prompt's beginning."""
@@ -33,6 +37,24 @@ class DriverConfig:
     stop_strings_max: int = 16
     stop_bytes_max: int = 1_024
     stop_ids_max: int = 256
+
+
+@dataclass(frozen=True)
+class JournalConfig:
+    """Times of journaling; see `orchestrator.journaling`."""
+
+    retention_s: float = 600.0
+    """How long Redis keeps a generation after its last entry."""
+    deadline_s: float = 0.25
+    """What a batch may take before output goes on without it."""
+    interval_s: float = 0.002
+    """Least time between the end of one batch and the next."""
+    retry_s: float = 0.5
+    """Between attempts while Redis is away."""
+    call_timeout_s: float = 2.0
+    """What an attempt may take while nothing waits for it."""
+    stall_s: float = 4.0
+    """Who stands still for longer asks who holds what before saying more."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +103,8 @@ class OrchestratorConfig:
     name: str
     drain_s: float
     driver: DriverConfig
+    journal: JournalConfig | None = None
+    """None: nothing of requests or output is kept in Redis, and nothing can be resumed."""
     http: HttpConfig | None = None
     """None: gRPC only."""
     tls: Tls | None = None

@@ -12,15 +12,25 @@ import contextlib
 import logging
 import secrets
 import time
+import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 
+from orchestrator.canonical import request_to_bytes
 from orchestrator.config import DriverConfig
 from orchestrator.dispatch import Dispatch
 from orchestrator.engagement import Engagement, Rotation
 from orchestrator.fleet import Fleet, Listener
-from orchestrator.generation import Delivery, Ending, Generation, PredictionUse, Running
+from orchestrator.generation import (
+    Delivery,
+    Ending,
+    Generation,
+    Output,
+    PredictionUse,
+    Running,
+)
 from orchestrator.jobs import Job
+from orchestrator.journaling import JournalWriter, Record
 from orchestrator.messages import (
     AbortOnVerifier,
     AskRepeat,
@@ -56,6 +66,7 @@ from orchestrator.meters import Meters
 from orchestrator.placing import Placer
 from orchestrator.prediction import Follower
 from orchestrator.prefix_memory import Prefix
+from orchestrator.resuming import Restored
 from orchestrator.session import Session, State
 from orchestrator.text import TextStream
 from orchestrator.tracing import SessionTrace
@@ -67,7 +78,7 @@ from orchestrator.workers import (
     VerifierBatch,
     VerifierLink,
 )
-from outrider.domain import SpeculationCounters
+from outrider.domain import TARGET_SOURCE, Rejection, RejectionCode, SpeculationCounters
 from outrider.errors import (
     Exhausted,
     InternalError,
@@ -76,11 +87,16 @@ from outrider.errors import (
     StaleEpoch,
     Unavailable,
 )
+from outrider.journal import Journaled
 
 REVIEWED_MAX = 1_024
 """Sessions whose drafters are reviewed in one sweep, about."""
 SWEEP_SLICE = 64
 """Sessions looked at in one go."""
+ROOM_MIN_S, ROOM_MAX_S = 0.1, 30.0
+"""Bounds of the advice when to try again."""
+STALL_S = 1.0
+"""A sweep that is later than that means that this process stood still."""
 OUTCOMES: Mapping[type, str] = {
     Exhausted: "exhausted",
     Unavailable: "unavailable",
@@ -96,14 +112,28 @@ _log = logging.getLogger(__name__)
 class Driver:
     """Owner of all sessions of this orchestrator."""
 
-    def __init__(self, fleet: Fleet, config: DriverConfig, placer: Placer | None = None) -> None:
-        """Without a `placer`, sessions are placed by what this orchestrator knows itself."""
+    def __init__(
+        self,
+        fleet: Fleet,
+        config: DriverConfig,
+        placer: Placer | None = None,
+        journal: JournalWriter | None = None,
+    ) -> None:
+        """Without a `placer`, sessions are placed by what this orchestrator knows itself.
+
+        Without a `journal` nothing can be resumed.
+        """
         self._fleet = fleet
         self.placer = placer or Placer(fleet)
         self._config = config
+        self._journal = journal
         self._running: dict[int, Running] = {}
         self._dispatch = Dispatch(fleet, config.budget_limits)
         self._rotation: Rotation = Rotation()
+        self._homeless: set[Running] = set()
+        """Sessions that wait for a verifier to take them over."""
+        self._lasts_s = 0.0
+        """How long sessions take of late."""
         self._draining = False
         self.meters = Meters()
         self._idle: asyncio.Event | None = None
@@ -129,6 +159,12 @@ class Driver:
             self._idle = asyncio.Event()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._idle.wait(), timeout_s)
+
+    def hand_over(self) -> None:
+        """End what is left, so that its clients resume it elsewhere."""
+        for running in list(self._running.values()):
+            text = "the orchestrator is stopping; another one can go on with the generation"
+            self._fail(running.generation, Unavailable(text))
 
     async def close(self) -> None:
         """End everything."""
@@ -162,19 +198,106 @@ class Driver:
 
         `prefix` is what `placer.find` found out about the job's prompt.
         """
+        self.check_room(len(job.choices))
+        sessions = self._sessions(job)
+        generation = self._generation(f"gen-{uuid.uuid4().hex}", job, sessions, prefix)
+        if self._journal is not None and job.resumable:
+            request = request_to_bytes(job, [session.spec.session for session in sessions])
+            generation.record = self._record(self._journal, generation, request)
+            for choice in range(len(sessions)):
+                generation.record.note(choice, epoch=1)
+        self._begin(generation)
+        return generation
+
+    def check_room(self, wanted: int) -> None:
+        """Raise `Exhausted` or `Unavailable` if so many sessions cannot be begun now."""
         if self._draining:
             self.meters.requests["unavailable"] += 1
             raise Unavailable("the orchestrator is draining; ask another replica")
-        wanted = len(job.choices)
         if len(self._running) + wanted > self._config.sessions_max:
             self.meters.requests["exhausted"] += 1
             raise Exhausted(
                 f"the orchestrator has {len(self._running)} of its {self._config.sessions_max} "
-                f"sessions and was asked for {wanted} more; try again later"
+                f"sessions and was asked for {wanted} more; try again later",
+                self._room_in_s(),
             )
+
+    def _room_in_s(self) -> float:
+        """When a session will probably have ended, if all goes on as of late."""
+        return min(ROOM_MAX_S, max(ROOM_MIN_S, self._lasts_s / max(1, len(self._running))))
+
+    def resume(
+        self,
+        job: Job,
+        restored: tuple[Restored, ...],
+        journaled: Journaled,
+        *,
+        holder: bytes,
+        prompt_logprobs_known: bool,
+    ) -> Generation:
+        """Go on with a generation that was taken over; `job` numbers its sessions.
+
+        What is journaled and the client lacks is replayed, the rest is decided. Raises `Exhausted`
+        or `Unavailable`.
+        """
+        self.check_room(len(restored))
+        sessions = self._sessions(job)
+        generation = self._generation(journaled.generation, job, sessions, None)
+        generation.prompt_wanted = job.prompt_logprobs and not prompt_logprobs_known
+        if self._journal is not None:
+            record = self._record(self._journal, generation, journaled.request, holder=holder)
+            record.restore(journaled.entries)
+            generation.record = record
+        for running, choice in zip(generation.choices, restored, strict=True):
+            self._restore(running, choice, prompt_logprobs_known=prompt_logprobs_known)
+        self._begin(generation)
+        return generation
+
+    def _restore(
+        self, running: Running, restored: Restored, *, prompt_logprobs_known: bool
+    ) -> None:
+        """Bring a session to where its journal ends, and tell the client what it lacks."""
+        session, point = running.session, restored.point
+        stream = session.text
+        known = stream.push(restored.tokens[: point.offset]).text
+        text = known + stream.push(restored.tokens[point.offset :]).text
+        if restored.finish is not None:
+            text += stream.finish().text
+        session.restore(restored.spec, restored.tokens, ended=restored.finish is not None)
+        session.prompt_delivered = prompt_logprobs_known
+        text = text[len(known) if point.characters is None else point.characters :]
+        ids = restored.tokens[point.offset :]
+        if not point.finished and (text or ids):
+            deliver = Deliver(text, ids, (TARGET_SOURCE,) * len(ids), restored.logprobs)
+            running.generation.replay(Delivery(running.choice, deliver))
+        if restored.finish is not None:
+            finish = Finish(restored.finish, len(restored.tokens), session.counters)
+            if point.finished:
+                running.generation.finished += 1
+            else:
+                running.generation.replay(Ending(running.choice, finish, 0.0, 0.0))
+
+    def _record(
+        self,
+        journal: JournalWriter,
+        generation: Generation,
+        request: bytes,
+        holder: bytes | None = None,
+    ) -> Record[Output]:
+        return journal.record(
+            generation.id,
+            request,
+            deliver=generation.put,
+            lost=lambda error: self._fail(generation, error),
+            holder=holder,
+        )
+
+    def _generation(
+        self, name: str, job: Job, sessions: list[Session], prefix: Prefix | None
+    ) -> Generation:
         prefix = prefix or self.placer.prefix(job)
         now_s = time.monotonic()
-        generation = Generation(job.info, now_s, prompt_wanted=job.prompt_logprobs)
+        generation = Generation(job.info, now_s, prompt_wanted=job.prompt_logprobs, id=name)
         generation.choices += [
             Running(
                 generation,
@@ -186,21 +309,28 @@ class Driver:
                 trace=SessionTrace(now_s) if job.trace else None,
                 follower=Follower(job.prompt, job.prediction) if job.prediction else None,
             )
-            for choice, session in enumerate(self._sessions(job))
+            for choice, session in enumerate(sessions)
         ]
-        self.meters.prompt_tokens += len(job.prompt)
-        self._running.update({running.number: running for running in generation.choices})
-        for running in generation.choices:
+        return generation
+
+    def _begin(self, generation: Generation) -> None:
+        unfinished = list(generation.unfinished())
+        if unfinished:
+            self.meters.prompt_tokens += len(unfinished[0].session.spec.prompt)
+        self._running.update({running.number: running for running in unfinished})
+        for running in unfinished:
             # If one cannot be placed, all have ended: to them nothing happens any more.
             self._perform(running, running.session.start())
-        return generation
+        if generation.finished == len(generation.choices):
+            generation.close()
 
     def _sessions(self, job: Job) -> list[Session]:
         codec = self._fleet.codec(job.info)
         drafters_wanted = self._config.drafters_per_session if job.speculation else 0
         return [
             Session(
-                replace(spec, session=secrets.randbits(64)),
+                # A session that is taken over keeps its number.
+                replace(spec, session=spec.session or secrets.randbits(64)),
                 TextStream(codec, job.stop),
                 drafters_wanted=drafters_wanted,
             )
@@ -209,6 +339,7 @@ class Driver:
 
     def abandon(self, generation: Generation) -> None:
         """Free everything that a generation holds; harmless after its end."""
+        generation.forget()
         unfinished = list(generation.unfinished())
         if unfinished and not generation.mailbox.closed:
             self.meters.requests["abandoned"] += 1
@@ -228,10 +359,9 @@ class Driver:
                 running.heard_s = running.progress_s = now_s
                 self.meters.queued_s.observe(now_s - running.generation.started_s)
                 self._step(running, Opened(epoch))
-        for rejection in batch.rejections:
-            running = self._on(link, rejection.session)
-            if running is not None:
-                self._step(running, Refused(rejection))
+        self._refused(link, batch.rejections, now_s)
+        if batch.commits and link.breaker.failures:
+            link.breaker.worked()
         for piece in batch.prompt_logprobs:
             running = self._on(link, piece.session)
             if running is not None:
@@ -257,9 +387,19 @@ class Driver:
             self.meters.first_token_s.observe(now_s - running.generation.started_s)
             self.meters.accepted(tokens - 1)
 
+    def _refused(self, link: VerifierLink, rejections: list[Rejection], now_s: float) -> None:
+        for rejection in rejections:
+            running = self._on(link, rejection.session)
+            if running is not None:
+                if rejection.code is RejectionCode.INTERNAL:
+                    link.breaker.failed(now_s)
+                self._step(running, Refused(rejection))
+
     def _drafter_batch(self, link: DrafterLink, batch: DrafterBatch) -> None:
         if batch.step is not None:
             link.grow = batch.step
+        if batch.drafts and link.breaker.failures:
+            link.breaker.worked()
         # The hot path: looked up, checked and passed on, unread.
         for number, binding, draft in batch.drafts:
             bound = self._bound(link, number, binding)
@@ -285,8 +425,12 @@ class Driver:
                 self._step(running, gap)
 
     def _verifier_changed(self, link: VerifierLink) -> None:
+        if link.state is LinkState.READY:
+            self._place_homeless()
         if link.state is not LinkState.LOST:
             return
+        if link.sessions:
+            link.breaker.failed(time.monotonic())
         link.step = NO_STEP
         for number in list(link.sessions):
             running = self._running.get(number)
@@ -305,6 +449,8 @@ class Driver:
             return
         numbers = list(link.sessions)
         link.sessions.clear()
+        if numbers:
+            link.breaker.failed(time.monotonic())
         for number in numbers:
             bereft = self._running.get(number)
             if bereft is None:
@@ -341,15 +487,25 @@ class Driver:
             turn = (turn + 1) % turns
             off: list[tuple[Running, Engagement]] = []
             for start in starts:
+                asleep_s = time.monotonic()
                 await asyncio.sleep(interval_s / len(starts))
+                self._forgive(time.monotonic() - asleep_s - interval_s)
                 some = sessions[start : start + SWEEP_SLICE]
                 self._notice(some)
                 off += self._review(some[turn::turns])
             for running in self._rotation.due(time.monotonic(), interval_s, off):
                 self._step(running, DrafterAvailable())
 
+    def _forgive(self, late_s: float) -> None:
+        """Blame nobody for the time in which this process itself stood still."""
+        if late_s > STALL_S:
+            for running in self._running.values():
+                running.progress_s += late_s
+                running.heard_s += late_s
+
     def _notice(self, sessions: list[Running]) -> None:
         config = self._config
+        self._place_homeless()
         patience_s = min(config.silence_s, config.verifier_timeout_s)
         now_s = time.monotonic()
         for running in sessions:
@@ -361,6 +517,8 @@ class Driver:
             silent_s = now_s - max(running.progress_s, stepped_s)
             if silent_s > config.verifier_timeout_s:
                 running.progress_s = running.heard_s = now_s
+                if link is not None:
+                    link.breaker.failed(now_s)
                 self._step(running, VerifierLost(f"no progress for {silent_s:.0f} s"))
             elif now_s - running.heard_s > config.silence_s:
                 running.heard_s = now_s
@@ -483,6 +641,8 @@ class Driver:
 
     def _fail(self, generation: Generation, error: OutriderError) -> None:
         """End all choices: half a generation is of no use, and a stream has one status."""
+        if isinstance(error, Exhausted) and error.retry_after_s is None:
+            error.retry_after_s = self._room_in_s()
         if not generation.mailbox.closed:
             self.meters.requests[OUTCOMES.get(type(error), "internal")] += 1
         generation.fail(error)
@@ -491,6 +651,10 @@ class Driver:
     def _forget(self, running: Running) -> None:
         if self._running.pop(running.number, None) is not None:
             self.meters.ended = self.meters.ended.plus(running.session.counters)
+            if running.first_token_s:
+                lasted_s = time.monotonic() - running.generation.started_s
+                self._lasts_s += (lasted_s - self._lasts_s) / 16.0
+        self._homeless.discard(running)
         verifier = self._fleet.verifiers.get(running.session.verifier or "")
         if verifier is not None:
             verifier.sessions.discard(running.number)
@@ -501,18 +665,45 @@ class Driver:
 
     def _place(self, running: Running, exclude: frozenset[str]) -> None:
         model, spec = running.generation.info.model, running.session.spec
+        exclude |= self._strangers(running)
         chosen = self.placer.verifier(running.prefix, model, spec, exclude)
         now_s = time.monotonic()
         running.heard_s = running.progress_s = now_s
-        if running.session.setback is not None:
-            cause = OUTCOMES.get(type(running.session.setback), "internal")
-            self.meters.migrations["verifier", cause] += 1
-        if chosen is None:
+        if chosen is not None:
+            self._homeless.discard(running)
+            if running.session.setback is not None:
+                cause = OUTCOMES.get(type(running.session.setback), "internal")
+                self.meters.migrations["verifier", cause] += 1
+            if running.trace is not None:
+                running.trace.decided(now_s, "verifier chosen", why=str(chosen))
+            self._step(running, Placed(chosen.view.address))
+        elif self._may_wait(running, now_s):
+            self._homeless.add(running)
+        else:
             self._step(running, NotPlaced(f"no verifier for {model} has room; try again later"))
-            return
-        if running.trace is not None:
-            running.trace.decided(now_s, "verifier chosen", why=str(chosen))
-        self._step(running, Placed(chosen.view.address))
+
+    def _strangers(self, running: Running) -> frozenset[str]:
+        """Verifiers that would go on otherwise than what has been said was begun."""
+        if not running.session.output:
+            return frozenset()
+        fingerprint = running.generation.info.model_fingerprint
+        return frozenset(
+            address
+            for address, link in self._fleet.verifiers.items()
+            if link.info is not None and link.info.model_fingerprint != fingerprint
+        )
+
+    def _may_wait(self, running: Running, now_s: float) -> bool:
+        """Whether a session that was under way waits for a verifier to come (back)."""
+        if running.homeless_s is None:
+            running.homeless_s = now_s
+        waited_s = now_s - running.homeless_s
+        return running.session.admitted and waited_s < self._config.failover_wait_s
+
+    def _place_homeless(self) -> None:
+        # Whoever failed before may have come back; breakers know who had better be left alone.
+        for running in list(self._homeless):
+            self._place(running, frozenset())
 
     def _attach(self, running: Running, count: int, exclude: frozenset[str]) -> None:
         verifier = self._fleet.verifiers.get(running.session.verifier or "")

@@ -84,9 +84,12 @@ class Fleet:
         *,
         verifiers: Iterable[str] = (),
         drafters: Iterable[str] = (),
+        worker_timeout_s: float = 5.0,
         tls: Tls | None = None,
     ) -> None:
+        """`worker_timeout_s`: silent workers count as lost; see `DriverConfig`."""
         self._name, self._tls = name, tls
+        self._worker_timeout_s = worker_timeout_s
         self._static = {"verifier": frozenset(verifiers), "drafter": frozenset(drafters)}
         self.verifiers: dict[str, VerifierLink] = {}
         self.drafters: dict[str, DrafterLink] = {}
@@ -127,6 +130,7 @@ class Fleet:
             verifier = VerifierLink(
                 address,
                 self._name,
+                timeout_s=self._worker_timeout_s,
                 on_change=self._listener.verifier_changed,
                 on_batch=self._listener.verifier_batch,
                 on_tokenizer=self._load_codec,
@@ -140,6 +144,7 @@ class Fleet:
                 address,
                 self._name,
                 source=next(self._sources),
+                timeout_s=self._worker_timeout_s,
                 on_change=self._listener.drafter_changed,
                 on_batch=self._listener.drafter_batch,
                 tls=self._tls,
@@ -284,6 +289,8 @@ class Fleet:
     ) -> WorkerView | None:
         if link.state is not LinkState.READY or link.info is None:
             return None
+        if not link.breaker.allows(time.monotonic()):
+            return None
         elsewhere = self._elsewhere.get(link.address)
         if elsewhere is None or elsewhere.incarnation != link.incarnation:
             elsewhere = Elsewhere(link.incarnation)
@@ -309,6 +316,14 @@ class Fleet:
             for link in self.verifiers.values()
             if link.state is LinkState.READY and link.info is not None
         }
+
+    def model_of(self, fingerprint: str) -> ModelInfo | None:
+        """The model that continues output exactly, if a verifier that serves it is ready."""
+        for link in self.verifiers.values():
+            ready = link.state is LinkState.READY
+            if ready and link.info is not None and link.info.model_fingerprint == fingerprint:
+                return link.info
+        return None
 
     def refusal(self, drafter: ModelInfo) -> str | None:
         """Why a drafter fits none of the targets that are there, or None."""

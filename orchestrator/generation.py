@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
 from orchestrator.engagement import Engagement
+from orchestrator.journaling import Record
 from orchestrator.messages import Deliver, DeliverPrompt, Finish
 from orchestrator.prediction import Follower
 from orchestrator.prefix_memory import Prefix
@@ -76,6 +77,8 @@ class Running:
     """What is known of who holds its prompt."""
     trace: SessionTrace | None = None
     """Timeline, if the request asked for one."""
+    homeless_s: float | None = None
+    """Since when it has waited for a verifier that takes it over."""
     commit_bytes: bytes = b""
     """The commit under way, as it came."""
     follower: Follower | None = None
@@ -88,6 +91,7 @@ class Running:
         self.heard_s, self.commit_bytes = now_s, commit_bytes
         if commit.tokens:
             self.progress_s = now_s
+            self.homeless_s = None
             count = len(commit.tokens)
             self.steps_by_tokens[count] = self.steps_by_tokens.get(count, 0) + 1
             if self.first_token_s is None:
@@ -113,35 +117,76 @@ class Generation:
     started_s: float
     prompt_wanted: bool = False
     """The prompt's log-probabilities have yet to come; they come before any output."""
+    id: str = ""
+    """Names it in logs, and when it is resumed."""
     choices: list[Running] = field(default_factory=list)
     mailbox: Mailbox[Output] = field(default_factory=Mailbox)
     finished: int = 0
     """Choices that have said all."""
+    record: Record[Output] | None = None
+    """Its journal, which output waits for; None: it has none."""
     held: list[Output] = field(default_factory=list)
     """Output of quicker choices that waits for the prompt's log-probabilities."""
 
     def say(self, output: DeliverPrompt | Delivery | Ending) -> None:
-        """Pass output on to the client; the last choice's ending closes the stream."""
-        if isinstance(output, Delivery) and not self.prompt_wanted:
+        """Pass output on to the client, by way of the journal if there is one."""
+        if self.record is not None:
+            self._note(self.record, output)
+        elif isinstance(output, Delivery) and not self.prompt_wanted:
             # The hot path: nothing can have ended.
             self.mailbox.put(output)
             return
-        self.finished += isinstance(output, Ending)
         if isinstance(output, DeliverPrompt):
             self.prompt_wanted = False
-            self.mailbox.put(output)
+            self._say(output)
             for earlier in self.held:
-                self.mailbox.put(earlier)
+                self._say(earlier)
             self.held.clear()
-        elif self.prompt_wanted:
+        else:
+            self.replay(output)
+
+    def replay(self, output: Delivery | Ending) -> None:
+        """Pass on what is in the journal already."""
+        if self.prompt_wanted:
             self.held.append(output)
         else:
-            self.mailbox.put(output)
+            self._say(output)
+
+    def _note(self, record: Record[Output], output: DeliverPrompt | Delivery | Ending) -> None:
+        match output:
+            case Delivery(choice, deliver) if deliver.token_ids:
+                epoch = self.choices[choice].session.epoch
+                record.note(choice, epoch, deliver.token_ids, deliver.logprobs)
+            case Ending(choice, finish):
+                record.note(choice, self.choices[choice].session.epoch, finish=finish.reason)
+
+    def _say(self, output: Output) -> None:
+        if self.record is None:
+            self.put(output)
+        else:
+            self.record.say(output)
+
+    def put(self, output: Output) -> None:
+        """Hand output to the client at once; the last choice's ending closes the stream."""
+        self.mailbox.put(output)
+        self.finished += isinstance(output, Ending)
         if self.finished == len(self.choices):
             self.mailbox.close()
+            self.forget()
+
+    def close(self) -> None:
+        """Close the stream of a generation whose client had heard all before it was resumed."""
+        self.mailbox.close()
+        self.forget()
+
+    def forget(self) -> None:
+        """Journal nothing more of it; what is journaled stays for a while."""
+        if self.record is not None:
+            self.record.end()
 
     def fail(self, error: OutriderError) -> None:
         """Close the stream with an error, which ends all choices; the first one counts."""
+        self.forget()
         self.mailbox.put(error)
         self.mailbox.close()
 

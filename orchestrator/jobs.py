@@ -37,6 +37,10 @@ class Request:
     prompt_logprobs: int | None = None
     cache_salt: str = ""
     trace: bool = False
+    tenant: str = ""
+    """Who asks, as the door found out; only the same one may resume."""
+    resumable: bool = True
+    """False: nothing of it is kept outside this process."""
     prediction: str = ""
     """Text that the output may repeat."""
 
@@ -60,6 +64,9 @@ class Job:
     speculation: bool
     trace: bool = False
     """Timelines of the sessions are wanted."""
+    tenant: str = ""
+    resumable: bool = True
+    """It may be journaled."""
     prediction: tuple[int, ...] = ()
     """Ids that the output may repeat."""
 
@@ -123,6 +130,8 @@ def job_of(request: Request, info: ModelInfo, codec: TextCodec, config: DriverCo
         request.stop,
         request.speculation,
         request.trace,
+        request.tenant,
+        request.resumable,
         prediction=codec.encode_prediction(request.prediction) if request.prediction else (),
     )
 

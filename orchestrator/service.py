@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import secrets
-import uuid
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Iterator
 from typing import Any
 
 import grpc.aio
@@ -12,17 +11,20 @@ import grpc.aio
 from orchestrator.config import DriverConfig
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
-from orchestrator.generation import Delivery, Ending
+from orchestrator.generation import Delivery, Ending, Generation, Output
 from orchestrator.jobs import Job, Request, job_of, model_named
 from orchestrator.messages import DeliverPrompt
+from orchestrator.resuming import EMPTY_DIGEST, ResumePoint, ResumeRequest
+from orchestrator.takeover import Takeover
 from outrider import wire
-from outrider.domain import ModelInfo
 from outrider.errors import InvalidRequest
 from outrider.serving.server import Server
 from outrider.serving.status import status_of_errors
 from outrider.v1 import generation_pb2, generation_pb2_grpc
 
 SERVICE_NAMES = ("outrider.v1.GenerationService",)
+TENANT_KEY = "outrider-tenant"
+"""Metadata in which a trusted front names the tenant; nobody's without."""
 
 _Response = generation_pb2.GenerateResponse
 
@@ -30,8 +32,16 @@ _Response = generation_pb2.GenerateResponse
 class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     """Servicer of GenerationService."""
 
-    def __init__(self, driver: Driver, fleet: Fleet, config: DriverConfig) -> None:
+    def __init__(
+        self,
+        driver: Driver,
+        fleet: Fleet,
+        config: DriverConfig,
+        takeover: Takeover | None = None,
+    ) -> None:
+        """Without a `takeover` nothing can be resumed."""
         self._driver = driver
+        self._takeover = takeover or Takeover(driver, fleet, None)
         self._fleet = fleet
         self._config = config
 
@@ -47,21 +57,34 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Generate what was asked for and stream it; leaving early frees both fleets."""
         async with status_of_errors(context):
             info = model_named(request.model, self._fleet.models())
-            asked = _request(request, self._config)
+            asked = _request(request, self._config, _tenant(context))
             job = job_of(asked, info, self._fleet.codec(info), self._config)
             prefix = await self._driver.placer.find(job)
             generation = self._driver.generate(job, prefix)
+            started = False
             try:
-                started = False
                 while outputs := await generation.take():
-                    for output in outputs:
-                        if isinstance(output, Exception):
-                            raise output
-                        # Only now: an error before the first output is a status, not a stream.
-                        if not started:
-                            yield _started(job, info)
-                            started = True
-                        yield _response(output, len(job.prompt))
+                    for response in _responses(outputs, job, generation, started=started):
+                        yield response
+                    started = True
+            finally:
+                self._driver.abandon(generation)
+
+    async def Resume(
+        self,
+        request: generation_pb2.ResumeRequest,
+        context: grpc.aio.ServicerContext[Any, Any],
+    ) -> AsyncIterator[generation_pb2.ResumeResponse]:
+        """Continue a generation whose stream broke, from where its client stands."""
+        async with status_of_errors(context):
+            asked = _resume_request(request, _tenant(context))
+            job, generation = await self._takeover.resume(asked)
+            started = False
+            try:
+                while outputs := await generation.take():
+                    for response in _responses(outputs, job, generation, started=started):
+                        yield generation_pb2.ResumeResponse(response=response)
+                    started = True
             finally:
                 self._driver.abandon(generation)
 
@@ -105,14 +128,14 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         if not request.HasField("placement_of"):
             return {}
         info = model_named(request.placement_of.model, self._fleet.models())
-        asked = _request(request.placement_of, self._config)
+        asked = _request(request.placement_of, self._config, "")
         job = job_of(asked, info, self._fleet.codec(info), self._config)
         placer = self._driver.placer
         weighed = placer.weigh(await placer.find(job), info.model, len(job.prompt))
         return {one.view.address: one.reason for one in weighed}
 
 
-def _request(message: generation_pb2.GenerateRequest, config: DriverConfig) -> Request:
+def _request(message: generation_pb2.GenerateRequest, config: DriverConfig, tenant: str) -> Request:
     """Read a message. Raises `InvalidRequest` for one that is too large or that makes no sense."""
     size = message.ByteSize()
     if size > config.prompt_bytes_max:
@@ -138,17 +161,52 @@ def _request(message: generation_pb2.GenerateRequest, config: DriverConfig) -> R
         prompt_logprobs=given.get("prompt_logprobs"),
         cache_salt=message.cache_salt,
         trace=message.trace,
+        tenant=tenant,
+        resumable=given.get("resumable", True),
     )
 
 
-def _started(job: Job, info: ModelInfo) -> _Response:
+def _resume_request(message: generation_pb2.ResumeRequest, tenant: str) -> ResumeRequest:
+    points = {
+        point.choice: ResumePoint(
+            point.offset,
+            point.digest if point.offset else EMPTY_DIGEST,
+            point.characters if point.HasField("characters") else None,
+            point.finished,
+        )
+        for point in message.choices
+    }
+    return ResumeRequest(message.generation_id, tenant, points, message.prompt_logprobs_known)
+
+
+def _tenant(context: grpc.aio.ServicerContext[Any, Any]) -> str:
+    metadata = {key: value for key, value in context.invocation_metadata() or ()}
+    return str(metadata.get(TENANT_KEY, ""))
+
+
+def _responses(
+    outputs: list[Output], job: Job, generation: Generation, *, started: bool
+) -> Iterator[_Response]:
+    """Yield what to say of outputs; raises the error that is among them."""
+    for output in outputs:
+        if isinstance(output, Exception):
+            raise output
+        # Only now: an error before the first output is a status, not a stream.
+        if not started:
+            yield _started(job, generation)
+            started = True
+        yield _response(output, len(job.prompt))
+
+
+def _started(job: Job, generation: Generation) -> _Response:
     return _Response(
         started=generation_pb2.GenerationStarted(
-            generation_id=f"gen-{uuid.uuid4().hex}",
-            model=info.model,
+            generation_id=generation.id,
+            model=job.info.model,
             prompt_tokens=len(job.prompt),
             seed=job.seed,
-            model_fingerprint=info.model_fingerprint,
+            model_fingerprint=job.info.model_fingerprint,
+            resumable=generation.record is not None,
         )
     )
 

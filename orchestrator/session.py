@@ -63,7 +63,10 @@ from outrider.errors import (
 )
 
 PLACEMENTS_MAX = 4
-"""Verifiers tried for one session before it fails: bounded, so that a poison request ends."""
+"""Verifiers tried in a row for one session before it fails: bounded, so that a poison request
+ends."""
+PROGRESS_TOKENS = 16
+"""Committed in one spell, they show that the session is none, so that counting begins anew."""
 BINDINGS_LOST_MAX = 16
 """Attachments of a session that may break before it does without drafters: one that flaps is
 given up."""
@@ -122,7 +125,13 @@ class Session:
     avoided: set[str] = field(default_factory=set)
     """Drafters that refused the session."""
     tried: list[str] = field(default_factory=list)
-    """Verifiers that refused, failed or were lost, in order."""
+    """Verifiers that refused, failed or were lost, in order, since there was progress."""
+    attempts: int = 0
+    """Those of them that count."""
+    admitted: bool = False
+    """A verifier has taken it once: now it is worth waiting for another one."""
+    contested: bool = False
+    """It was taken over: its old holder may have opened it under a higher epoch than is known."""
     setback: OutriderError | None = None
     """Why the latest of them did not work out."""
     repeat_asked_at: int | None = None
@@ -158,6 +167,13 @@ class Session:
         """Commands of a new session."""
         return [PlaceVerifier(frozenset())]
 
+    def restore(self, spec: SessionSpec, output: tuple[int, ...], *, ended: bool) -> None:
+        """Begin where another orchestrator's journal ends."""
+        self.spec, self.contested, self.admitted = spec, True, True
+        self.output.extend(output)
+        if ended:
+            self.state = State.ENDED
+
     def step(self, event: Event) -> list[Command]:
         """Apply an event; events that do not fit the state are without effect."""
         handler = TRANSITIONS.get((self.state, type(event)))
@@ -185,6 +201,7 @@ class Session:
         if event.epoch != self.epoch:
             return []
         self.state = State.DECODING
+        self.admitted, self.contested = True, False
         return self._deliver_prompt()  # A prompt of one token has nothing to wait for.
 
     def _on_refused(self, event: Refused) -> list[Command]:
@@ -196,10 +213,16 @@ class Session:
                 error: OutriderError = InvalidRequest(
                     rejection.field or "request", rejection.message
                 )
+            case RejectionCode.STALE_EPOCH if self.contested:
+                self.spec = replace(self.spec, epoch=max(self.epoch, rejection.current_epoch))
+                return self._place_again(StaleEpoch(rejection.message, rejection.current_epoch))
             case RejectionCode.STALE_EPOCH:
                 error = StaleEpoch(rejection.message, rejection.current_epoch)
             case RejectionCode.EXHAUSTED:
-                return self._place_again(Exhausted(rejection.message))
+                exhausted = Exhausted(rejection.message)
+                return self._place_again(exhausted, counts=not self.admitted)
+            case RejectionCode.DRAINING:
+                return self._place_again(Unavailable(rejection.message), counts=False)
             case _:
                 return self._place_again(Unavailable(rejection.message))
         return self._end(Fail(error))
@@ -207,12 +230,19 @@ class Session:
     def _on_verifier_lost(self, event: VerifierLost) -> list[Command]:
         return self._place_again(Unavailable(f"the verifier was lost: {event.reason}"))
 
-    def _place_again(self, setback: OutriderError) -> list[Command]:
-        """Move to another verifier; prompt and committed tokens are all it needs."""
+    def _place_again(self, setback: OutriderError, *, counts: bool = True) -> list[Command]:
+        """Move to another verifier; prompt and committed tokens are all it needs.
+
+        What does not count is bounded by the verifiers that there are, or by the driver's patience.
+        """
         assert self.verifier is not None, "one was asked in every state that leads here"
+        if len(self.output) - len(self.spec.committed) >= PROGRESS_TOKENS:
+            self.tried.clear()
+            self.attempts = 0
         self.tried.append(self.verifier)
+        self.attempts += counts
         self.setback = setback
-        if len(self.tried) >= PLACEMENTS_MAX:
+        if self.attempts >= PLACEMENTS_MAX:
             return self._end(Fail(setback))
         commands: list[Command] = [AbortOnVerifier(self.verifier, self.epoch), *self._unbind_all()]
         self.counters_before, self.report = self.counters, None

@@ -20,6 +20,7 @@ from typing import Any, Generic, TypeVar
 
 import grpc.aio
 
+from orchestrator.breaker import Breaker
 from orchestrator.budgets import DrafterPace, VerifierPace
 from outrider import wire
 from outrider.config import Tls
@@ -36,7 +37,7 @@ from outrider.domain import (
     SessionSpec,
     StepReport,
 )
-from outrider.errors import Mismatch, OutriderError
+from outrider.errors import Mismatch, OutriderError, Unavailable
 from outrider.serving.server import CHANNEL_OPTIONS
 from outrider.serving.tls import channel_credentials, channel_options
 from outrider.v1 import (
@@ -55,6 +56,7 @@ BACKOFF_MAX_S = 2.0
 _PING_FIRST_S = 0.05
 _PING_S = 5.0
 _PINGS_KEPT = 8
+_PINGS_MISSED_MAX = 2
 _GAIN_SHARE = 1.0 / 16.0
 DRAFT_ROWS_MAX = 4_096
 """Drafts waiting for a verifier that reads slowly; more are dropped, they are hints."""
@@ -106,9 +108,17 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
 
     role: str
 
-    def __init__(self, address: str, orchestrator: str, tls: Tls | None) -> None:
+    def __init__(
+        self, address: str, orchestrator: str, timeout_s: float = 5.0, tls: Tls | None = None
+    ) -> None:
+        """`timeout_s`: one that says nothing and answers nothing for so long counts as lost."""
         self.address = address
         self._tls = tls
+        self._timeout_s = timeout_s
+        self._heard = 0
+        """Messages of this stream."""
+        self.breaker = Breaker()
+        """Kept by the driver."""
         self.state = LinkState.CONNECTING
         self.reason = "not reached yet"
         self.info: ModelInfo | None = None
@@ -195,12 +205,12 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
         async with self._channel() as channel:
             worker = worker_pb2_grpc.WorkerServiceStub(channel)
 
-            async def ask() -> worker_pb2.GetModelInfoResponse:
+            async def ask(timeout_s: float) -> worker_pb2.GetModelInfoResponse:
                 return await worker.GetModelInfo(
-                    worker_pb2.GetModelInfoRequest(), timeout=HANDSHAKE_TIMEOUT_S
+                    worker_pb2.GetModelInfoRequest(), timeout=timeout_s
                 )
 
-            answer = await ask()
+            answer = await ask(HANDSHAKE_TIMEOUT_S)
             info = wire.model_info_from_pb(answer.info)
             if info.protocol_version != PROTOCOL_VERSION:
                 raise Mismatch(
@@ -215,38 +225,68 @@ class Link(abc.ABC, Generic[RequestT, ResponseT]):
                 orchestrator=self._orchestrator, protocol_version=PROTOCOL_VERSION
             )
             await stream.write(self._hello(hello))
-            writer: asyncio.Task[None] | None = None
+            reader = asyncio.create_task(self._read(stream, info))
             pinger = asyncio.create_task(self._ping(ask))
             try:
-                async for response in stream:
-                    if writer is None:
-                        writer = asyncio.create_task(self._write(stream))
-                        _log.info("%s %s is ready: %s", self.role, self.address, info.model)
-                    draining = bool(response.draining)
-                    self._set(LinkState.DRAINING if draining else LinkState.READY, "")
-                    self._receive(response)
+                await asyncio.wait((reader, pinger), return_when=asyncio.FIRST_COMPLETED)
+                if not reader.done():
+                    pinger.result()
+                    raise Unavailable(f"the worker has not answered for {self._timeout_s:g} s")
+                reader.result()
             finally:
                 pinger.cancel()
-                if writer is not None:
-                    writer.cancel()
+                reader.cancel()
                 stream.cancel()
 
-    async def _ping(self, ask: Callable[[], Awaitable[worker_pb2.GetModelInfoResponse]]) -> None:
-        """Keep measuring the round trip, off the stream that sessions use."""
+    async def _read(self, stream: Any, info: ModelInfo) -> None:
+        writer: asyncio.Task[None] | None = None
+        try:
+            async for response in stream:
+                self._heard += 1
+                if writer is None:
+                    writer = asyncio.create_task(self._write(stream))
+                    _log.info("%s %s is ready: %s", self.role, self.address, info.model)
+                draining = bool(response.draining)
+                self._set(LinkState.DRAINING if draining else LinkState.READY, "")
+                self._receive(response)
+        finally:
+            if writer is not None:
+                writer.cancel()
+
+    async def _ping(
+        self, ask: Callable[[float], Awaitable[worker_pb2.GetModelInfoResponse]]
+    ) -> None:
+        """Keep measuring the round trip, off the stream that sessions use.
+
+        Returns when the worker hangs: it misses two pings and says nothing on the stream either.
+        Two, since one may have come to its end while this process itself stood still.
+        """
         self._rtts_s.clear()
-        # Whoever answers pings slowly may still draft well: the stream shows if it is gone.
-        with contextlib.suppress(grpc.aio.AioRpcError):
-            while True:
-                started_s = time.perf_counter()
-                answer = await ask()
-                rtt_s = time.perf_counter() - started_s
-                self._rtts_s.append(rtt_s)
-                self.rtt_s = min(self._rtts_s)
-                if rtt_s == self.rtt_s:
-                    # The quickest answer says most about the worker's clock.
-                    self.clock_offset_s = time.monotonic() - rtt_s / 2 - answer.clock_s
-                first = len(self._rtts_s) < _PINGS_KEPT
-                await asyncio.sleep(_PING_FIRST_S if first else _PING_S)
+        missed, patience_s = 0, self._timeout_s / 2.0
+        while missed < _PINGS_MISSED_MAX:
+            heard = self._heard
+            started_s = time.perf_counter()
+            try:
+                answer = await ask(patience_s)
+            except grpc.aio.AioRpcError as error:
+                if error.code() is grpc.StatusCode.DEADLINE_EXCEEDED:
+                    missed = missed + 1 if self._heard == heard else 0
+                    continue
+                # The stream shows what that means.
+                await asyncio.sleep(_PING_S)
+                continue
+            missed = 0
+            rtt_s = time.perf_counter() - started_s
+            self._rtts_s.append(rtt_s)
+            self.rtt_s = min(self._rtts_s)
+            if rtt_s == self.rtt_s:
+                # The quickest answer says most about the worker's clock.
+                self.clock_offset_s = time.monotonic() - rtt_s / 2 - answer.clock_s
+            if len(self._rtts_s) < _PINGS_KEPT:
+                await asyncio.sleep(_PING_FIRST_S)
+            else:
+                # Those who owe something are asked more often.
+                await asyncio.sleep(min(_PING_S, 1.0 if self.sessions else _PING_S))
 
     @abc.abstractmethod
     def _hello(self, hello: types_pb2.Hello) -> RequestT: ...
@@ -271,13 +311,14 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
         address: str,
         orchestrator: str,
         *,
+        timeout_s: float = 5.0,
         on_change: Callable[[VerifierLink], None],
         on_batch: Callable[[VerifierLink, VerifierBatch], None],
         on_tokenizer: Callable[[ModelInfo, dict[str, bytes]], Awaitable[None]],
         has_tokenizer: Callable[[ModelInfo], bool],
         tls: Tls | None = None,
     ) -> None:
-        super().__init__(address, orchestrator, tls)
+        super().__init__(address, orchestrator, timeout_s, tls)
         self.step = NO_STEP
         """Of the last verify step; kept by the driver."""
         self.pace = VerifierPace()
@@ -370,11 +411,12 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
         orchestrator: str,
         *,
         source: int,
+        timeout_s: float = 5.0,
         on_change: Callable[[DrafterLink], None],
         on_batch: Callable[[DrafterLink, DrafterBatch], None],
         tls: Tls | None = None,
     ) -> None:
-        super().__init__(address, orchestrator, tls)
+        super().__init__(address, orchestrator, timeout_s, tls)
         self.source = source
         """Number under which its guesses go; no other drafter of this orchestrator has it."""
         self.grow: GrowReport | None = None

@@ -2,7 +2,8 @@
 
     OutriderError
     ├── InvalidRequest       the caller's input is wrong and stays wrong   INVALID_ARGUMENT
-    │   └── UnknownModel     nobody serves the model asked for             NOT_FOUND
+    │   ├── UnknownModel     nobody serves the model asked for             NOT_FOUND
+    │   └── UnknownGeneration   no such generation of this tenant's        NOT_FOUND
     ├── Exhausted            no room now; try again later                  RESOURCE_EXHAUSTED
     ├── Unavailable          no worker could be reached                    UNAVAILABLE
     │   └── RegistryUnavailable   Redis could not                          (degrades, never fatal)
@@ -34,8 +35,17 @@ class UnknownModel(InvalidRequest):
     """A request for a model that nobody serves."""
 
 
+class UnknownGeneration(InvalidRequest):
+    """A request to resume what is not, or no longer, there, or is somebody else's."""
+
+
 class Exhausted(OutriderError):
     """No room now; the same request may succeed later or elsewhere."""
+
+    def __init__(self, message: str, retry_after_s: float | None = None) -> None:
+        super().__init__(message)
+        self.retry_after_s = retry_after_s
+        """When there will probably be room; None: nobody knows."""
 
 
 class Unavailable(OutriderError):

@@ -96,6 +96,7 @@ async def serve(config: VerifierConfig) -> None:
             publish=publish,
             drain=service.drain,
             load=lambda: engine.load,
+            hang_up=service.hang_up,
             drain_s=config.drain_s,
         )
     finally:

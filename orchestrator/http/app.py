@@ -28,6 +28,7 @@ from orchestrator.http.reading import read_chat, read_completion
 from orchestrator.http.schemas import ChatCompletionRequest, CompletionRequest
 from orchestrator.http.writing import encode
 from orchestrator.jobs import model_named
+from orchestrator.takeover import Takeover
 from outrider.domain import PROTOCOL_VERSION, RULE_VERSION, ModelInfo
 from outrider.errors import Unavailable
 
@@ -39,7 +40,12 @@ class Door:
     """The ASGI application."""
 
     def __init__(
-        self, driver: Driver, fleet: Fleet, limits: DriverConfig, config: HttpConfig
+        self,
+        driver: Driver,
+        fleet: Fleet,
+        takeover: Takeover,
+        limits: DriverConfig,
+        config: HttpConfig,
     ) -> None:
         self._driver, self._fleet = driver, fleet
         self.keyring: Keyring | None = None
@@ -49,7 +55,7 @@ class Door:
         self._started_s = int(time.time())
         exposition = Exposition(driver, fleet, self.responses, vllm_names=config.vllm_metrics)
         shared: dict[str, Any] = {"bodies": BodyReader(config), "limiter": Limiter()}
-        common = (driver, fleet, limits, config)
+        common = (driver, fleet, takeover, limits, config)
         generating: dict[str, Completions[Any]] = {
             "/v1/completions": Completions(CompletionRequest, read_completion, *common, **shared),
             "/v1/chat/completions": Completions(

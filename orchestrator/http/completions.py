@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
-import uuid
 from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 from typing import Generic
 
@@ -16,11 +15,14 @@ from orchestrator.generation import Generation, Output
 from orchestrator.http.bodies import BodyReader, BodyT, ClientGoneError, Receive, Scope, Send, parse
 from orchestrator.http.errors import refusal_of
 from orchestrator.http.keys import ApiKey, Limiter
+from orchestrator.http.positions import KnownPosition, parse_event_id
 from orchestrator.http.reading import Asked, field_name
 from orchestrator.http.schemas import ChatCompletionRequest
 from orchestrator.http.writing import Answer, encode
 from orchestrator.jobs import Job, Request, job_of, model_named
 from orchestrator.prefix_memory import Prefix
+from orchestrator.resuming import ResumePoint, ResumeRequest
+from orchestrator.takeover import Takeover
 from orchestrator.text import TextCodec
 from outrider.domain import ModelInfo
 from outrider.errors import InvalidRequest, OutriderError
@@ -39,6 +41,7 @@ class Completions(Generic[BodyT]):
         read: Callable[[BodyT, str], Asked],
         driver: Driver,
         fleet: Fleet,
+        takeover: Takeover,
         limits: DriverConfig,
         config: HttpConfig,
         *,
@@ -48,7 +51,7 @@ class Completions(Generic[BodyT]):
         """`read` makes sense of a parsed body for a tenant."""
         self._kind, self._read = kind, read
         self._chat = issubclass(kind, ChatCompletionRequest)
-        self._driver, self._fleet = driver, fleet
+        self._driver, self._fleet, self._takeover = driver, fleet, takeover
         self._limits, self._config = limits, config
         self._bodies, self._limiter = bodies, limiter
 
@@ -57,21 +60,56 @@ class Completions(Generic[BodyT]):
         with self._limiter.admit(key, time.monotonic()):
             data = await self._bodies.read(scope, receive)
             try:
-                await self._serve(data, key.name, receive, send)
+                last_event = dict(scope["headers"]).get(b"last-event-id", b"").decode("latin-1")
+                await self._serve(data, key.name, last_event, receive, send)
             except InvalidRequest as error:
                 name = field_name(error.field, chat=self._chat)
                 raise type(error)(name, error.message) from error
 
-    async def _serve(self, data: bytes, tenant: str, receive: Receive, send: Send) -> None:
+    async def _serve(
+        self, data: bytes, tenant: str, last_event: str, receive: Receive, send: Send
+    ) -> None:
         asked = self._read(parse(self._kind, data), tenant)
-        jobs, codec = await self._jobs(asked, len(data))
-        prefixes = [await self._driver.placer.find(job) for job in jobs]
-        with self._generating(jobs, prefixes) as generations:
+        begun: tuple[KnownPosition, ...] = ()
+        if last_event:
+            job, generation, begun = await self._resumed(asked, tenant, last_event)
+            jobs, codec = [job], self._fleet.codec(job.info)
+            generating = self._ending([generation])
+        else:
+            jobs, codec = await self._jobs(asked, len(data))
+            prefixes = [await self._driver.placer.find(job) for job in jobs]
+            generating = self._generating(jobs, prefixes)
+        with generating as generations:
             leaving = asyncio.create_task(self._watch(receive, generations))
             try:
-                await self._answer(send, asked, jobs, codec, generations)
+                await self._answer(send, asked, jobs, codec, generations, begun)
             finally:
                 leaving.cancel()
+
+    async def _resumed(
+        self, asked: Asked, tenant: str, last_event: str
+    ) -> tuple[Job, Generation, tuple[KnownPosition, ...]]:
+        """Go on after an event that the client has; the request must be the one it began with."""
+        if not asked.form.stream:
+            raise InvalidRequest("last-event-id", "only streams are resumed; set stream to true")
+        number, positions = parse_event_id(last_event)
+        points = {
+            choice: ResumePoint(one.offset, one.digest, one.characters, one.ended)
+            for choice, one in enumerate(positions)
+        }
+        job, generation = await self._takeover.resume(
+            # Whoever has an event has the prompt's log-probabilities, which come before.
+            ResumeRequest(number, tenant, points, prompt_logprobs_known=True)
+        )
+        return job, generation, positions
+
+    @contextlib.contextmanager
+    def _ending(self, generations: list[Generation]) -> Iterator[list[Generation]]:
+        try:
+            yield generations
+        finally:
+            for generation in generations:
+                self._driver.abandon(generation)
 
     async def _jobs(self, asked: Asked, size: int) -> tuple[list[Job], TextCodec]:
         info = model_named(asked.model, self._fleet.models())
@@ -91,13 +129,10 @@ class Completions(Generic[BodyT]):
         self, jobs: Sequence[Job], prefixes: Sequence[Prefix]
     ) -> Iterator[list[Generation]]:
         generations: list[Generation] = []
-        try:
+        with self._ending(generations):
             for job, prefix in zip(jobs, prefixes, strict=True):
                 generations.append(self._driver.generate(job, prefix))
             yield generations
-        finally:
-            for generation in generations:
-                self._driver.abandon(generation)
 
     async def _watch(self, receive: Receive, generations: Sequence[Generation]) -> None:
         """Abort everything as soon as the client leaves."""
@@ -114,14 +149,17 @@ class Completions(Generic[BodyT]):
         jobs: Sequence[Job],
         codec: TextCodec,
         generations: Sequence[Generation],
+        begun: Sequence[KnownPosition],
     ) -> None:
         prompts = [
             codec.decode(job.prompt) if request.prompt is None else request.prompt
-            for request, job in zip(asked.requests, jobs, strict=True)
+            for request, job in zip(asked.requests, jobs, strict=False)
             if asked.form.echo
         ]
-        number = uuid.uuid4().hex
+        number = generations[0].id
         answer = Answer(number, int(time.time()), asked.form, jobs, prompts, codec)
+        for known, running in zip(begun, generations[0].choices, strict=False):
+            answer.resume(running.choice, known, running.session.output[: known.offset])
         outputs = merged(generations)
         if asked.form.stream:
             await self._stream(send, answer, outputs)
@@ -168,8 +206,10 @@ class Completions(Generic[BodyT]):
                 started = True
                 await send(_START)
             await _write(send, answer.event(choice), more=True)
-        if not started or not answer.complete:
+        if not answer.complete:
             raise ClientGoneError
+        if not started:  # It was resumed after its last output.
+            await send(_START)
         tail = answer.last_event() + _DONE if answer.form.usage_last else _DONE
         await _write(send, tail, more=False)
 

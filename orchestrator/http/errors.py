@@ -6,6 +6,7 @@ Bodies are OpenAI's: `{"error": {"message", "type", "param", "code"}}`.
 from __future__ import annotations
 
 import logging
+import math
 import re
 import uuid
 from dataclasses import dataclass, field
@@ -21,6 +22,7 @@ from outrider.errors import (
     OutriderError,
     StaleEpoch,
     Unavailable,
+    UnknownGeneration,
     UnknownModel,
 )
 
@@ -30,10 +32,6 @@ _log = logging.getLogger(__name__)
 
 class RateLimited(Exhausted):
     """A key has used up what it is allowed; the same request may succeed later."""
-
-    def __init__(self, message: str, retry_s: float) -> None:
-        super().__init__(message)
-        self.retry_s = retry_s
 
 
 class Unauthorized(InvalidRequest):
@@ -83,12 +81,13 @@ _STATUS: tuple[tuple[type[OutriderError], int, str, str | None], ...] = (
     (TooSlow, 408, "invalid_request_error", "request_timeout"),
     (WrongMediaType, 415, "invalid_request_error", "unsupported_media_type"),
     (UnknownModel, 404, "invalid_request_error", "model_not_found"),
+    (UnknownGeneration, 404, "invalid_request_error", "generation_not_found"),
     (InvalidRequest, 400, "invalid_request_error", "invalid_value"),
     (RateLimited, 429, "rate_limit_error", "rate_limit_exceeded"),
     (Exhausted, 429, "rate_limit_error", "overloaded"),
     (Unavailable, 503, "server_error", "unavailable"),
     (StaleEpoch, 409, "server_error", "superseded"),
-    (Mismatch, 503, "server_error", "mismatch"),
+    (Mismatch, 409, "server_error", "mismatch"),
     (OutriderError, 500, "server_error", "internal_error"),
 )
 
@@ -112,8 +111,8 @@ def refusal_of(error: Exception) -> Refusal:
 def _of_ours(error: OutriderError) -> Refusal:
     status, kind, code = next(row[1:] for row in _STATUS if isinstance(error, row[0]))
     headers: dict[str, str] = {}
-    if isinstance(error, RateLimited):
-        headers["retry-after"] = str(max(1, round(error.retry_s + 0.5)))
+    if isinstance(error, Exhausted) and error.retry_after_s is not None:
+        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
     elif status in (429, 503):
         headers["retry-after"] = str(_RETRY_S)
     elif status == 401:

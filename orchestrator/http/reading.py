@@ -30,6 +30,9 @@ _NAMES = {
     "stop_ids": "stop_token_ids",
     "token_ids": "prompt",
     "prompt_logprobs": "logprobs",
+    "generation_id": "last-event-id",
+    "choices.choice": "last-event-id",
+    "choices.digest": "last-event-id",
 }
 
 
@@ -142,6 +145,7 @@ def _request(
         raise InvalidRequest("prediction", "needs speculation, which speculative.enabled turns off")
     stop = body.stop or ()
     return Request(
+        tenant=tenant,
         # Signed as in JSON, unsigned as in ours: the same 64 bits.
         seed=secrets.randbits(63) if body.seed is None else body.seed % 2**64,
         prompt=prompt,

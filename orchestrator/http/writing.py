@@ -9,7 +9,7 @@ from typing import Any
 
 from orchestrator.generation import Delivery, Ending
 from orchestrator.http.logprob_text import chat_logprobs, completion_logprobs
-from orchestrator.http.positions import Position
+from orchestrator.http.positions import KnownPosition, Position
 from orchestrator.http.reading import Form
 from orchestrator.jobs import Job
 from orchestrator.messages import DeliverPrompt
@@ -37,6 +37,8 @@ class Choice:
     sources: list[int] = field(default_factory=list)
     ending: Ending | None = None
     begun: bool = False
+    resumed_at_end: bool = False
+    """The client had all of it before it resumed."""
 
 
 class Answer:
@@ -79,6 +81,15 @@ class Answer:
 
     # --- taking in ---
 
+    def resume(self, choice: int, known: KnownPosition, ids: Sequence[int]) -> None:
+        """Go on where the client stands, who has these output ids of a choice."""
+        one = self._choices[choice]
+        one.begun = bool(ids)
+        one.resumed_at_end = known.ended
+        one.position.advance(ids, "")
+        one.position.characters = known.characters
+        one.position.ended = known.ended
+
     def take(self, job: int, output: DeliverPrompt | Delivery | Ending) -> Choice | None:
         """Take in output of a job; returns the choice about which there is something to say."""
         if isinstance(output, DeliverPrompt):
@@ -110,7 +121,7 @@ class Answer:
     @property
     def complete(self) -> bool:
         """True once all choices have ended."""
-        return all(choice.ending is not None for choice in self._choices)
+        return all(choice.ending or choice.resumed_at_end for choice in self._choices)
 
     # --- saying ---
 

@@ -9,7 +9,8 @@ Errors are those of `outrider.errors`: a wrong field raises `InvalidRequest`, a 
 `Exhausted`, an unreachable one `Unavailable`.
 """
 
-from outrider.client.clients import AsyncClient, Client
+from outrider.client.asynchronous import AsyncClient
+from outrider.client.blocking import Client
 from outrider.client.collecting import Collector
 from outrider.client.types import (
     Completion,

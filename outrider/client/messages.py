@@ -33,6 +33,7 @@ def request_to_pb(request: Request) -> generation_pb2.GenerateRequest:
         speculation=request.speculation,
         cache_salt=request.cache_salt,
         trace=request.trace,
+        resumable=request.resumable,
     )
     if request.prompt is not None:
         message.prompt = request.prompt
@@ -123,6 +124,7 @@ def event_from_pb(response: generation_pb2.GenerateResponse) -> Event:
                 started.prompt_tokens,
                 started.seed,
                 started.model_fingerprint,
+                started.resumable,
             )
         case "prompt_logprobs":
             return PromptTokens(_logprobs(response.prompt_logprobs.tokens))

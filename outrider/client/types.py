@@ -53,6 +53,8 @@ class Request:
     """Requests share computed prefixes only within one salt."""
     trace: bool = False
     """A timeline of each continuation is wanted."""
+    resumable: bool = True
+    """False: nothing of it is kept in Redis, so a stream that breaks is the end."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -64,6 +66,8 @@ class Started:
     prompt_tokens: int
     seed: int
     model_fingerprint: str
+    resumable: bool = False
+    """Another orchestrator can go on with it."""
 
 
 @dataclass(frozen=True, slots=True)

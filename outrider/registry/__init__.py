@@ -4,6 +4,7 @@ from outrider.registry.connection import KEY_PREFIX, Connection, redacted
 from outrider.registry.held_blocks import HeldBlocks
 from outrider.registry.kv_index import KvIndex, block_key, holder_field
 from outrider.registry.kv_publisher import KvPublisher, published_blocks
+from outrider.registry.leases import Leases
 from outrider.registry.renewal import Renewal
 from outrider.registry.workers import (
     NAME_CHARACTERS_MAX,
@@ -31,6 +32,7 @@ __all__ = [
     "HeldBlocks",
     "KvIndex",
     "KvPublisher",
+    "Leases",
     "Registry",
     "Renewal",
     "Role",

@@ -1,13 +1,15 @@
 """Our errors to gRPC status and back; the only place that knows the mapping.
 
-Beside code and message, the trailing metadata carries `outrider-field`, the request field at
-fault, so that clients need not parse messages.
+Beside code and message, the trailing metadata carries `outrider-error`, the error's class,
+`outrider-field`, the request field at fault, and `grpc-retry-pushback-ms`, when to try again, so
+that clients need not parse messages.
 """
 
 from __future__ import annotations
 
 import contextlib
 import logging
+import math
 import uuid
 from collections.abc import AsyncIterator
 from typing import Any
@@ -24,16 +26,23 @@ from outrider.errors import (
     OutriderError,
     StaleEpoch,
     Unavailable,
+    UnknownGeneration,
     UnknownModel,
 )
 
 FIELD_KEY = "outrider-field"
+ERROR_KEY = "outrider-error"
+"""Its presence tells a server's own word from that of a broken connection."""
+RETRY_KEY = "grpc-retry-pushback-ms"
+"""When to try again, where gRPC's own retry policies look for it."""
+GENERATION_FIELD = "generation_id"
 
 _log = logging.getLogger(__name__)
 
 # Most derived first: the first class that fits decides.
 _CODES: tuple[tuple[type[OutriderError], grpc.StatusCode], ...] = (
     (UnknownModel, grpc.StatusCode.NOT_FOUND),
+    (UnknownGeneration, grpc.StatusCode.NOT_FOUND),
     (InvalidRequest, grpc.StatusCode.INVALID_ARGUMENT),
     (Exhausted, grpc.StatusCode.RESOURCE_EXHAUSTED),
     (Unavailable, grpc.StatusCode.UNAVAILABLE),
@@ -56,10 +65,13 @@ async def status_of_errors(
     """Turn exceptions of a handler's body into a status; no traceback ever reaches a client."""
     try:
         yield
-    except InvalidRequest as error:
-        await context.abort(code_of(error), str(error), ((FIELD_KEY, error.field),))
     except OutriderError as error:
-        await context.abort(code_of(error), str(error))
+        metadata = [(ERROR_KEY, type(error).__name__)]
+        if isinstance(error, InvalidRequest):
+            metadata.append((FIELD_KEY, error.field))
+        if isinstance(error, Exhausted) and error.retry_after_s is not None:
+            metadata.append((RETRY_KEY, str(math.ceil(error.retry_after_s * 1000))))
+        await context.abort(code_of(error), str(error), tuple(metadata))
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
     except Exception:
@@ -69,6 +81,13 @@ async def status_of_errors(
             grpc.StatusCode.INTERNAL,
             f"internal error; quote incident {incident} when you report it",
         )
+
+
+def answered(error: grpc.aio.AioRpcError | grpc.RpcError) -> bool:
+    """True if a server of ours said so, False if a connection broke or was never made."""
+    if not isinstance(error, (grpc.aio.AioRpcError, grpc.Call)):
+        return False
+    return any(key == ERROR_KEY for key, _ in error.trailing_metadata() or ())
 
 
 def error_of_status(error: grpc.aio.AioRpcError | grpc.RpcError) -> OutriderError:
@@ -83,10 +102,13 @@ def error_of_status(error: grpc.aio.AioRpcError | grpc.RpcError) -> OutriderErro
     match error.code():
         case grpc.StatusCode.INVALID_ARGUMENT:
             return InvalidRequest(field or "request", message)
+        case grpc.StatusCode.NOT_FOUND if field == GENERATION_FIELD:
+            return UnknownGeneration(field, message)
         case grpc.StatusCode.NOT_FOUND:
             return UnknownModel(field or "model", message)
         case grpc.StatusCode.RESOURCE_EXHAUSTED:
-            return Exhausted(message)
+            hint = str(metadata.get(RETRY_KEY, ""))
+            return Exhausted(message, int(hint) / 1000.0 if hint.isdigit() else None)
         case grpc.StatusCode.UNAVAILABLE | grpc.StatusCode.DEADLINE_EXCEEDED:
             return Unavailable(message)
         case grpc.StatusCode.ABORTED:

@@ -43,6 +43,7 @@ class WorkerEdge(worker_pb2_grpc.WorkerServiceServicer, abc.ABC, Generic[Request
         self._connections = itertools.count(1)
         self._mailboxes: dict[int, Mailbox[OutputsT | None]] = {}
         self._draining = False
+        self._ending = False
 
     @abc.abstractmethod
     def _submit(self, request: RequestT, connection: int, mailbox: Mailbox[Any]) -> None:
@@ -71,6 +72,12 @@ class WorkerEdge(worker_pb2_grpc.WorkerServiceServicer, abc.ABC, Generic[Request
         self._submit_drain()
         for mailbox in self._mailboxes.values():
             mailbox.put(None)
+
+    def hang_up(self) -> None:
+        """End all streams in order: what is left of their sessions goes on elsewhere."""
+        self._ending = True
+        for mailbox in self._mailboxes.values():
+            mailbox.close()
 
     def _deliver(self, outputs: dict[int, OutputsT]) -> None:
         for connection, output in outputs.items():
@@ -112,7 +119,8 @@ class WorkerEdge(worker_pb2_grpc.WorkerServiceServicer, abc.ABC, Generic[Request
                 yield []
                 while batch := await mailbox.take():
                     yield batch
-                await reader
+                if not self._ending:
+                    await reader
             finally:
                 reader.cancel()
                 del self._mailboxes[connection]

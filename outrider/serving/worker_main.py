@@ -20,12 +20,13 @@ async def serve_until_stopped(
     publish: Callable[[str], AbstractAsyncContextManager[object]],
     drain: Callable[[], None],
     load: Callable[[], int],
+    hang_up: Callable[[], None],
     drain_s: float,
 ) -> None:
     """Serve until SIGTERM or SIGINT, then let what is under way finish for up to `drain_s`.
 
     `publish` makes the worker known by the address that the server really listens on, while the
-    context lasts. `load` counts what would be cut off.
+    context lasts. `load` counts what would be cut off, `hang_up` ends the streams.
     """
     address = await server.start()
     async with publish(address):
@@ -39,5 +40,6 @@ async def serve_until_stopped(
     # The model's thread has no event loop to signal; the wait is short and ends the process.
     while load() and loop.time() < deadline_s:  # noqa: ASYNC110
         await asyncio.sleep(_POLL_S)
+    hang_up()
     await server.stop(_STREAMS_GRACE_S)
     _log.info("stopped")

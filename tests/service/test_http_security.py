@@ -182,7 +182,7 @@ def test_a_rate_fills_up_again() -> None:
             pass
     with pytest.raises(RateLimited) as caught, limiter.admit(key, 45.0):
         pass
-    assert caught.value.retry_s == pytest.approx(15.0)
+    assert caught.value.retry_after_s == pytest.approx(15.0)
     with limiter.admit(key, 60.0), limiter.admit(ApiKey("b", requests_per_minute=1), 60.0):
         pass
 

@@ -120,6 +120,7 @@ class Listener:
     def __init__(self, events: AsyncGenerator[Event]) -> None:
         self._events = events
         self.ids: list[int] = []
+        self.text = ""
         self.sources: list[int] = []
         self.started: Started | None = None
         self.finished: Finished | None = None
@@ -146,6 +147,7 @@ class Listener:
                 self.started = event
             case Delta():
                 self.ids.extend(event.token_ids)
+                self.text += event.text
                 self.sources.extend(event.sources)
             case Finished():
                 self.finished = event

@@ -20,14 +20,17 @@ from drafter_service.proposers.language_model import LanguageModelProposer
 from drafter_service.proposers.lookup import LookupProposer
 from drafter_service.service import SERVICE_NAMES as DRAFTER_NAMES
 from drafter_service.service import DrafterService
-from orchestrator.config import DriverConfig
+from orchestrator.config import DriverConfig, JournalConfig
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
+from orchestrator.journaling import JournalWriter
 from orchestrator.service import SERVICE_NAMES as ORCHESTRATOR_NAMES
 from orchestrator.service import GenerationService
+from orchestrator.takeover import Takeover
 from outrider.client import AsyncClient
 from outrider.domain import ModelInfo
 from outrider.errors import Unavailable
+from outrider.journal import LeaseStore
 from outrider.model.info import model_info
 from outrider.model.language_model import LanguageModel
 from outrider.model.loading import load_language_model
@@ -161,6 +164,8 @@ class RunningOrchestrator:
     driver: Driver
     fleet: Fleet
     client: AsyncClient
+    server: Server
+    journal: JournalWriter | None
 
 
 @contextlib.asynccontextmanager
@@ -170,15 +175,23 @@ async def orchestrator(
     *,
     config: DriverConfig | None = None,
     wait: bool = True,
+    store: LeaseStore | None = None,
+    journal: JournalConfig | None = None,
 ) -> AsyncIterator[RunningOrchestrator]:
-    """Run an orchestrator over static addresses; waits until its workers are ready."""
+    """Run an orchestrator over static addresses; waits until its workers are ready.
+
+    With a store it keeps journals.
+    """
     config = config or DriverConfig()
     fleet = Fleet("test", verifiers=verifiers, drafters=drafters)
-    driver = Driver(fleet, config)
+    writer = None if store is None else JournalWriter(store, journal or JournalConfig())
+    driver = Driver(fleet, config, journal=writer)
     server = Server(ORCHESTRATOR_NAMES, host="127.0.0.1", port=0)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationService(driver, fleet, config), server.grpc
+        GenerationService(driver, fleet, config, Takeover(driver, fleet, store)), server.grpc
     )
+    if writer is not None:
+        writer.start()
     driver.start()
     address = await server.start()
     await server.set_ready(True)
@@ -186,11 +199,13 @@ async def orchestrator(
     try:
         if wait:
             await settled(client, len(verifiers) + len(drafters))
-        yield RunningOrchestrator(address, driver, fleet, client)
+        yield RunningOrchestrator(address, driver, fleet, client, server, writer)
     finally:
         await client.close()
         await server.stop(0)
         await driver.close()
+        if writer is not None:
+            await writer.close()
 
 
 async def settled(client: AsyncClient, workers: int, timeout_s: float = 10.0) -> None:

@@ -13,6 +13,8 @@ import httpx
 from orchestrator.config import DriverConfig, HttpConfig
 from orchestrator.http.app import Door
 from orchestrator.http.server import HttpServer
+from orchestrator.takeover import Takeover
+from outrider.journal import LeaseStore
 from tests.support.fleet import RunningOrchestrator, orchestrator
 
 
@@ -33,14 +35,19 @@ async def http_door(
     *,
     driver: DriverConfig | None = None,
     wait: bool = True,
+    store: LeaseStore | None = None,
     verify: Any = True,
     **settings: Any,
 ) -> AsyncIterator[RunningDoor]:
-    """Run an orchestrator with an HTTP door; `settings` are those of `HttpConfig`."""
+    """Run an orchestrator with an HTTP door; `settings` are those of `HttpConfig`.
+
+    With a store it keeps journals.
+    """
     driver = driver or DriverConfig()
     config = HttpConfig(**{"host": "127.0.0.1", "port": 0, **settings})
-    async with orchestrator(verifiers, drafters, config=driver, wait=wait) as running:
-        door = Door(running.driver, running.fleet, driver, config)
+    async with orchestrator(verifiers, drafters, config=driver, wait=wait, store=store) as running:
+        takeover = Takeover(running.driver, running.fleet, store)
+        door = Door(running.driver, running.fleet, takeover, driver, config)
         server = HttpServer(door, config)
         url = await server.start()
         try:

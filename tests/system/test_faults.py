@@ -48,6 +48,8 @@ LONG = replace(CASES[1], tokens_max=1_500)
 ORACLE = oracle(truth_of(CASES, EXPECTED), depth=3)
 """Knows everything, but does not say much at a time, so that there is a middle of the stream."""
 
+IMPATIENT = DriverConfig(failover_wait_s=0.0)
+
 
 def check(case: Case, ids: list[int]) -> None:
     """None lost, none doubled, none changed."""
@@ -303,7 +305,9 @@ async def test_the_only_verifier_dies(many):
     async with contextlib.AsyncExitStack() as stack:
         target = await stack.enter_async_context(verifier(load(TARGET), config=ENGINE))
         helper = await stack.enter_async_context(drafter(lookup()))
-        fleet = await stack.enter_async_context(orchestrator([target.address], [helper.address]))
+        fleet = await stack.enter_async_context(
+            orchestrator([target.address], [helper.address], config=IMPATIENT)
+        )
         listeners = [listen(fleet.client, CASES[0]) for _ in range(many)]
         for listener in listeners:
             await listener.until_ids(8)
@@ -337,7 +341,7 @@ async def test_a_step_that_fails_ends_its_sessions_and_nothing_else():
 
     async with contextlib.AsyncExitStack() as stack:
         stumbling = await stack.enter_async_context(verifier(Stumbling(), config=ENGINE))
-        fleet = await stack.enter_async_context(orchestrator([stumbling.address]))
+        fleet = await stack.enter_async_context(orchestrator([stumbling.address], config=IMPATIENT))
         with pytest.raises(Unavailable, match="the verify step failed"):
             await fleet.client.complete(request(CASES[0]))
         await freed(stumbling)

@@ -46,6 +46,7 @@ from orchestrator.session import (
     BINDINGS_LOST_MAX,
     IGNORED,
     PLACEMENTS_MAX,
+    PROGRESS_TOKENS,
     TRANSITIONS,
     Session,
     State,
@@ -978,3 +979,73 @@ def test_storms_get_somewhere() -> None:
     assert sum(world.bindings_made > 1 for world in worlds) > 50
     assert sum(world.unbound > 0 for world in worlds) > 10
     assert sum(world.ended for world in worlds) < 170
+
+
+# --- retries and take-overs -------------------------------------------------------------------
+
+
+def test_progress_renews_the_budget_of_placements() -> None:
+    session = decoding("v1")
+    for spell in range(3 * PLACEMENTS_MAX):
+        tokens = tuple(range(PROGRESS_TOKENS))
+        session.step(committed(session.length, *tokens, epoch=session.epoch))
+        commands = session.step(VerifierLost("died"))
+        assert PlaceVerifier(frozenset({f"v{spell + 1}"})) in commands
+        session.step(Placed(f"v{spell + 2}"))
+        session.step(Opened(session.epoch))
+    for _ in range(PLACEMENTS_MAX - 2):  # a poison request gets nowhere
+        assert session.state is State.DECODING
+        session.step(VerifierLost("died"))
+        session.step(Placed("w"))
+        session.step(Opened(session.epoch))
+    assert isinstance(failure(session.step(VerifierLost("died"))), Unavailable)
+
+
+def test_full_and_draining_verifiers_do_not_count_once_it_was_admitted() -> None:
+    session = decoding("v1")
+    session.step(VerifierLost("died"))
+    for attempt, code in enumerate([RejectionCode.EXHAUSTED, RejectionCode.DRAINING] * 4):
+        session.step(Placed(f"w{attempt}"))
+        session.step(refused(code, epoch=session.epoch))
+        assert session.state is State.PLACING
+
+
+def restored() -> Session:
+    """Taken over at epoch 5, with three tokens journaled."""
+    session = new_session()
+    session.restore(replace(session.spec, epoch=4), (7, 8, 9), ended=False)
+    session.start()
+    return session
+
+
+def test_a_session_that_was_taken_over_goes_on_where_its_journal_ends() -> None:
+    session = restored()
+    (opening_,) = session.step(Placed("v1"))
+    assert isinstance(opening_, OpenOnVerifier)
+    assert (opening_.spec.epoch, opening_.spec.committed) == (5, (7, 8, 9))
+    session.step(Opened(5))
+    (deliver,) = session.step(committed(len(PROMPT) + 3, 1, epoch=5))
+    assert isinstance(deliver, Deliver)
+    assert deliver.token_ids == (1,)
+
+
+def test_its_old_holder_may_have_been_further_than_is_known() -> None:
+    session = restored()
+    session.step(Placed("v1"))
+    commands = session.step(refused(RejectionCode.STALE_EPOCH, epoch=5, current=8))
+    assert PlaceVerifier in kinds(commands)
+    (opening_,) = session.step(Placed("v1"))
+    assert isinstance(opening_, OpenOnVerifier)
+    assert opening_.spec.epoch == 9
+    session.step(Opened(9))
+    # From now on a higher epoch means that somebody else has taken it over.
+    assert isinstance(
+        failure(session.step(refused(RejectionCode.STALE_EPOCH, epoch=9, current=10))), StaleEpoch
+    )
+
+
+def test_what_had_ended_is_not_begun_again() -> None:
+    session = new_session()
+    session.restore(session.spec, (7,), ended=True)
+    assert session.state is State.ENDED
+    assert session.step(Placed("v1")) == []

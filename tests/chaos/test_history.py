@@ -1,0 +1,100 @@
+"""The history check finds what it is there for, also in a system whose fence is broken."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Sequence
+
+import pytest
+
+from outrider.journal import Outcome, Write
+from outrider.redis_server import start_redis
+from outrider.registry import Connection, Leases
+from tests.chaos.history import Heard, faults_of
+from tests.support.cases import listen
+from tests.support.fleet import TARGET, load, orchestrator, verifier
+from tests.support.reference import Case, expect
+from tests.system.test_resume import ENGINE, PATIENT, resume_request, resumed
+
+CASE = Case(tuple(b"A different story"), 96, ignore_eos=True)
+
+
+def heard(at_s: float, stream: int, start: int, *tokens: int) -> Heard:
+    return Heard(at_s, "gen-1", stream, 0, start, tokens)
+
+
+def test_one_stream_after_the_other_is_fine():
+    history = [heard(0, 1, 0, 5, 6), heard(1, 1, 2, 7), heard(2, 2, 3, 8), heard(3, 2, 4, 9)]
+    assert faults_of(history) == []
+
+
+@pytest.mark.parametrize(
+    ("history", "fault"),
+    [
+        ([heard(0, 1, 0, 5), heard(1, 1, 2, 7)], "goes on at 2"),
+        ([heard(0, 1, 0, 5), heard(1, 1, 0, 5)], "goes on at 0"),
+        ([heard(0, 1, 0, 5), heard(1, 2, 2, 7)], "tokens are missing"),
+        ([heard(0, 1, 0, 5), heard(1, 2, 0, 6)], "two tokens at 0: 5 and 6"),
+        ([heard(0, 1, 0, 5), heard(1, 2, 1, 6), heard(2, 1, 1, 6)], "spoke after stream 2"),
+    ],
+)
+def test_what_cannot_be_is_found(history, fault):
+    assert any(fault in found for found in faults_of(history))
+
+
+class Slow(Leases):
+    """Holds its writer up while it is told to."""
+
+    open = asyncio.Event()
+    obeyed = True
+
+    async def append(self, writes: Sequence[Write], timeout_s: float = 2.0) -> list[Outcome]:
+        await self.open.wait()
+        outcomes = await super().append(writes, timeout_s)
+        return outcomes if self.obeyed else [Outcome.WRITTEN for _ in outcomes]
+
+
+@pytest.mark.parametrize("fenced", [True, False], ids=["fenced", "broken"])
+async def test_a_broken_fence_is_caught(fenced, tmp_path):
+    """A writer that takes refusals for consent speaks on after it was taken over."""
+    history: list[Heard] = []
+    loop = asyncio.get_running_loop()
+    async with contextlib.AsyncExitStack() as stack:
+        redis = stack.enter_context(start_redis(None, tmp_path / "redis.log"))
+        targets = [
+            await stack.enter_async_context(verifier(load(TARGET), config=ENGINE)) for _ in range(2)
+        ]
+        stores: list[Slow] = []
+        fleets = []
+        # Each has a verifier of its own: the verifiers' fences are not what is looked at.
+        for target in targets:
+            connection = Connection(redis.url)
+            stack.push_async_callback(connection.close)
+            store = Slow(connection)
+            store.open = asyncio.Event()
+            store.open.set()
+            stores.append(store)
+            fleets.append(
+                await stack.enter_async_context(
+                    orchestrator([target.address], store=store, journal=PATIENT)
+                )
+            )
+        stores[0].obeyed = fenced
+        listener = listen(fleets[0].client, CASE)
+        await listener.until_ids(16)
+        stores[0].open.clear()
+        before = len(listener.ids)
+        assert listener.started is not None
+        name = listener.started.generation_id
+        history.append(Heard(loop.time(), name, 1, 0, 0, tuple(listener.ids)))
+        rest, _ = await resumed(fleets[1].address, resume_request(listener))
+        history.append(Heard(loop.time(), name, 2, 0, before, tuple(rest)))
+        stores[0].open.set()
+        with contextlib.suppress(Exception):
+            await listener.until_end()
+        late = tuple(listener.ids[before:])
+        if late:
+            history.append(Heard(loop.time(), name, 1, 0, before, late))
+    assert tuple(listener.ids[:before] + rest) == expect(TARGET, CASE).ids
+    assert bool(faults_of(history)) is not fenced
