@@ -124,7 +124,7 @@ async def _verifier(
     set_threads(1)
     model = load_language_model(spec, dtype="float32", device="cpu", cache_dir=Path("/nonexistent"))
     info, incarnation = model_info(model), secrets.token_hex(16)
-    config = EngineConfig(warm_up=False, kv_tokens_max=1 << 20, wait_for_drafts=False)
+    config = EngineConfig(warm_up=False, kv_tokens_max=1 << 20)
     service = VerifierService(
         info,
         model.tokenizer_files,
