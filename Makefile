@@ -95,12 +95,13 @@ peers: .peers/vllm/.installed ## Install the benchmarks' peers, each into an env
 	@touch $@
 
 images: ## Build the images with docker, buildah or podman (ACCELERATOR=cuda, IMAGES=registry/name)
-	@builder=$$(command -v docker || command -v buildah || command -v podman) || \
-	  { echo "make images needs docker, buildah or podman, and none of them is here"; exit 1; }; \
+	@if docker info > /dev/null 2>&1; then builder=docker; \
+	else builder=$$(command -v buildah || command -v podman) || \
+	  { echo "make images needs docker (running), buildah or podman, and finds none"; exit 1; }; fi; \
 	for target in orchestrator drafter verifier; do \
 	  case $$target in orchestrator) tag=$(VERSION) ;; *) tag=$(VERSION)-$(ACCELERATOR) ;; esac; \
 	  echo "Building $(IMAGES)/$$target:$$tag"; \
-	  "$$builder" build -f deploy/Dockerfile --target $$target -t "$(IMAGES)/$$target:$$tag" \
+	  DOCKER_BUILDKIT=1 "$$builder" build -f deploy/Dockerfile --target $$target -t "$(IMAGES)/$$target:$$tag" \
 	    --build-arg ACCELERATOR=$(ACCELERATOR) $(if $(BASE),--build-arg BASE=$(BASE)) . || exit 1; \
 	done
 
