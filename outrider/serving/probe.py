@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import click
 import grpc
@@ -34,7 +35,8 @@ def check(address: str, service: str, tls: Tls | None, timeout_s: float) -> str 
     except ConfigError as error:
         return str(error)
     with channel:
-        stub = health_pb2_grpc.HealthStub(channel)
+        # As Any: the published stubs leave out its methods.
+        stub: Any = health_pb2_grpc.HealthStub(channel)
         try:
             answer = stub.Check(health_pb2.HealthCheckRequest(service=service), timeout=timeout_s)
         except grpc.RpcError as error:
