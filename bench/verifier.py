@@ -47,6 +47,7 @@ from outrider.config import DEFAULT_CACHE, Dtype
 from outrider.model.language_model import LanguageModel
 from outrider.model.loading import load_language_model, resolve_model
 from outrider.model.threads import set_threads
+from outrider.serving.loops import SWITCH_INTERVAL_S
 from verifier_service.config import EngineConfig
 
 RESULTS = Path(__file__).with_name("results")
@@ -96,6 +97,7 @@ def main(parts: str, quick: bool, **options: Any) -> None:
         raise click.BadParameter(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
     if quick:
         options |= {"repeats": 1, "rounds": 8, "tokens": 40, "window_s": 1.5}
+    sys.setswitchinterval(SWITCH_INTERVAL_S)  # As in a verifier: what hands drafts in is a thread.
     console = Console()
     with Progress(console=console) as progress:
         bench = _Bench(console, progress, options)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -118,6 +120,8 @@ def job_of(request: Request, info: ModelInfo, codec: TextCodec, config: DriverCo
         prompt_logprobs=request.prompt_logprobs,
         cache_salt=request.cache_salt,
     )
+    if request.tenant:  # What was asked for has been checked by now.
+        first = replace(first, cache_salt=_salt_within(request.tenant, request.cache_salt))
     others = (
         # The prompt is the same for all: it is scored once.
         replace(first, seed=session_seed(request.seed, choice), prompt_logprobs=None)
@@ -141,6 +145,11 @@ def _check_choices(count: int, config: DriverConfig) -> None:
     most = min(config.choices_max, config.sessions_max)
     if not 1 <= count <= most:
         raise InvalidRequest("n", f"must lie between 1 and {most}, got {count}")
+
+
+def _salt_within(tenant: str, salt: str) -> str:
+    """Keep what one tenant has cached from being felt by another, whatever salts they choose."""
+    return hashlib.sha256(json.dumps([tenant, salt]).encode()).hexdigest()
 
 
 def _tokens_max(request: Request, prompt_tokens: int, info: ModelInfo) -> int:

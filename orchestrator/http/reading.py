@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import secrets
 from collections.abc import Sequence
@@ -160,7 +159,7 @@ def _request(
         speculation=speculation,
         logprobs=logprobs,
         prompt_logprobs=prompt_logprobs,
-        cache_salt=_salt(tenant, body.cache_salt or ""),
+        cache_salt=body.cache_salt or "",
         prediction=_text(body.prediction.content) if body.prediction is not None else "",
     )
 
@@ -202,13 +201,6 @@ def _grammar(body: Generating) -> Grammar | None:
             return Grammar(GrammarKind.JSON_SCHEMA, json.dumps(wanted.schema_))
         case _:
             return None
-
-
-def _salt(tenant: str, salt: str) -> str:
-    """Keep what one tenant has cached from being felt by another, whatever salts they choose."""
-    if not tenant:
-        return salt
-    return hashlib.sha256(json.dumps([tenant, salt]).encode()).hexdigest()
 
 
 def _text(content: str | Sequence[TextPart]) -> str:

@@ -46,7 +46,8 @@ class Progress:
     @property
     def complete(self) -> bool:
         """True once all continuations have ended."""
-        return sum(point.finished for point in self._points.values()) == self._choices
+        ended = sum(point.finished for point in self._points.values())
+        return self.started is not None and ended == self._choices
 
     def takes(self, event: Event) -> bool:
         """Note an event; False if the caller has it already, from an earlier stream."""

@@ -207,7 +207,9 @@ class Cluster:
                 options += ["--cache-dir", str(config.folder / "cache")]
             self._add_worker(f"drafter-{number}", "drafter_service", options)
         for number in range(1, config.orchestrators + 1):
-            self._add(f"orchestrator-{number}", "orchestrator", options=config.orchestrator_options)
+            # Several on one machine: without the door, which has one default address.
+            given = ("--http-address", "off", *config.orchestrator_options)
+            self._add(f"orchestrator-{number}", "orchestrator", options=given)
 
     def _add_worker(self, name: str, module: str, options: list[str]) -> None:
         node = self._add(name, module, link=True)

@@ -116,7 +116,8 @@ class Tally:
         """Every difference counts but those at ties, which must be rare."""
         assert not self.faults, f"{len(self.faults)} outputs differ:\n" + "\n".join(self.faults[:5])
         assert self.positions > 0
-        assert self.ties < 0.01 * self.positions, f"{self.ties} ties in {self.positions}"
+        # One may always happen: also in the shortest of outputs.
+        assert self.ties <= 1 + 0.01 * self.positions, f"{self.ties} ties in {self.positions}"
         assert self.flips <= self.ties
 
 

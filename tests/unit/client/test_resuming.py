@@ -53,6 +53,10 @@ def test_what_is_known_is_counted_for_each_choice():
     assert progress.complete
 
 
+def test_what_has_not_started_is_not_complete():
+    assert not Progress(Request(prompt="x", n=0)).complete
+
+
 def test_log_probabilities_of_the_prompt_are_asked_for_until_they_came():
     progress = Progress(Request(prompt="x", prompt_logprobs=1))
     progress.takes(STARTED)

@@ -126,3 +126,14 @@ def test_the_limits_are_settings() -> None:
     assert (
         len(job_of(replace(PLAIN, n=17), INFO, CODEC, DriverConfig(choices_max=17)).choices) == 17
     )
+
+
+def test_tenants_never_share_a_cache_whatever_salts_they_choose() -> None:
+    def salt(tenant: str, chosen: str) -> str:
+        asked = replace(PLAIN, tenant=tenant, cache_salt=chosen)
+        return job_of(asked, INFO, CODEC, CONFIG).choices[0].cache_salt
+
+    salts = [salt(*given) for given in (("", "s"), ("a", "s"), ("b", "s"), ("a", ""), ("as", ""))]
+    assert len(set(salts)) == len(salts)
+    assert salt("a", "s") == salt("a", "s")
+    assert salt("", "s") == "s"
