@@ -20,7 +20,7 @@ from rich.table import Table
 
 import outrider
 from outrider.cli_generation import chat, connection_options, generate
-from outrider.cli_top import top
+from outrider.cli_top import table_console, top
 from outrider.client import Client, Request
 from outrider.config import Tls
 from outrider.errors import OutriderError
@@ -127,7 +127,7 @@ def workers(endpoint: str, tls: Tls | None, as_json: bool, prompt: str | None) -
             str(worker.waiting) if worker.step_s else "-",
             worker.reason or worker.placement,
         )
-    Console().print(table)
+    table_console().print(table)
 
 
 @main.command()

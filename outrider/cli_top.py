@@ -45,6 +45,11 @@ class Figures:
     tokens_per_s: float | None
 
 
+def table_console() -> Console:
+    """Where tables go; what no terminal shows is not cut at the width of one."""
+    return Console(width=None if sys.stdout.isatty() else _WIDTH)
+
+
 def figures(now: Look, before: Look | None) -> Figures:
     """Return the figures between two looks; those since the start if there is only one."""
     since = before
@@ -109,17 +114,20 @@ def top(
     One look, for a program:    outrider top --json | jq .tau
     Speed every ten seconds:    outrider top --json --looks 6 --interval 10 | jq .tokens_per_s
     """
-    # Lines for a program are not folded at what a terminal would be wide.
-    console = Console(width=None if sys.stdout.isatty() else _WIDTH)
+    console = table_console()
     door = _Door(url, api_key, tls_ca)
     looks = looks or (None if console.is_terminal and not as_json else 1)
     before: Look | None = None
     with contextlib.ExitStack() as stack:
-        live = None if as_json else stack.enter_context(Live(console=console, auto_refresh=False))
+        live = None
+        if console.is_terminal and not as_json:
+            live = stack.enter_context(Live(console=console, auto_refresh=False))
         while True:
             now = door.look()
-            if live is None:
+            if as_json:
                 click.echo(json.dumps(_as_json(now, figures(now, before))))
+            elif live is None:
+                console.print(_frame(now, figures(now, before)))
             else:
                 live.update(_frame(now, figures(now, before)), refresh=True)
             looks = looks and looks - 1
