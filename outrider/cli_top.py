@@ -63,7 +63,8 @@ def figures(now: Look, before: Look | None) -> Figures:
     return Figures(
         tau=1 + accepted / rounds if rounds > 0 else None,
         acceptance=accepted / drafted if drafted > 0 else None,
-        tokens_per_s=grown("completion_tokens") / (now.at_s - since.at_s) if since else None,
+        # Each step commits one token more than it accepts.
+        tokens_per_s=(rounds + accepted) / (now.at_s - since.at_s) if since else None,
     )
 
 

@@ -261,10 +261,11 @@ function row(worker) {
 }
 
 function totals(state) {
-  const now = performance.now();
-  if (before && state.completion_tokens >= before.tokens)
-    rates = [...rates, (state.completion_tokens - before.tokens) * 1000 / (now - before.now)].slice(-HISTORY);
-  before = {tokens: state.completion_tokens, now};
+  // Each step commits one token more than it accepts; `completion_tokens` counts what has ended.
+  const now = performance.now(), tokens = state.rounds + state.accepted_tokens;
+  if (before && tokens >= before.tokens)
+    rates = [...rates, (tokens - before.tokens) * 1000 / (now - before.now)].slice(-HISTORY);
+  before = {tokens, now};
   const rate = rates.length ? rates[rates.length - 1] : 0, peak = Math.max(1, ...rates);
   $("sessions").textContent = state.sessions;
   $("fleet-rate").textContent = rate.toFixed(1);

@@ -14,16 +14,16 @@ from pathlib import Path
 
 import pytest
 
+from drafter_service.proposers.base import Proposer
 from orchestrator.http.keys import ApiKey, Keyring
 from outrider.config import DEFAULT_CACHE
 from outrider.model.language_model import LanguageModel
 from outrider.model.loading import load_language_model
-from tests.support.fleet import DRAFT, TARGET, drafter, info_of, load, lookup, verifier
+from tests.support.fleet import DRAFT, TARGET, drafter, language_model, load, lookup, verifier
 from tests.support.http_door import RunningDoor, http_door
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 
-from drafter_service.proposers.language_model import LanguageModelProposer
 from tests.support.browser import LAPTOP, PHONE, Browser, browser, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
@@ -45,9 +45,8 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @contextlib.asynccontextmanager
 async def fleet(
-    target: LanguageModel, draft: LanguageModel, name: str = "tiny"
+    target: LanguageModel, proposer: Proposer, name: str = "tiny"
 ) -> AsyncIterator[RunningDoor]:
-    proposer = LanguageModelProposer(draft, info_of(draft, f"{name}-draft", "language-model"))
     async with (
         verifier(target, name=name) as judge,
         drafter(proposer) as guesser,
@@ -143,7 +142,7 @@ def complain(page: Browser) -> None:
 
 
 async def test_the_page_shows_who_guessed_what(chromium: Browser) -> None:
-    async with fleet(load(TARGET), load(DRAFT)) as door:
+    async with fleet(load(TARGET), language_model(load(DRAFT))) as door:
         await asyncio.to_thread(play, chromium, door.url)
         await asyncio.to_thread(watch, chromium)
         assert chromium.complaints() == []
@@ -160,7 +159,7 @@ async def test_the_page_works_with_an_api_key(chromium: Browser) -> None:
         assert generate(chromium)
         assert chromium.complaints() == []
 
-    async with fleet(load(TARGET), load(DRAFT)) as door:
+    async with fleet(load(TARGET), language_model(load(DRAFT))) as door:
         door.door.keyring = Keyring([ApiKey("somebody", hashlib.sha256(KEY.encode()).digest())])
         # What a browser makes of the key once somebody has typed it.
         await asyncio.to_thread(visit, door.url.replace("://", f"://any:{KEY}@"))
@@ -176,7 +175,7 @@ async def test_screenshots(chromium: Browser) -> None:
         page.resize(LAPTOP)
         page.open(url)
         page.until("document.getElementById('model').value === 'smollm2'")
-        page.type("tokens", "110")
+        page.type("tokens", "128")
         page.click(".switch")
         generate(page)
         page.click(".switch")
@@ -191,6 +190,5 @@ async def test_screenshots(chromium: Browser) -> None:
         page.screenshot(folder / "page-fleet.png")
 
     target = load_language_model("smollm2", device="cpu", cache_dir=DEFAULT_CACHE)
-    draft = load_language_model("smollm2", quantize="int8", device="cpu", cache_dir=DEFAULT_CACHE)
-    async with fleet(target, draft, "smollm2") as door:
+    async with fleet(target, lookup(), "smollm2") as door:
         await asyncio.to_thread(take, door.url)
