@@ -19,9 +19,10 @@ from rich.console import Console
 from rich.table import Table
 
 import outrider
-from outrider.cli_generation import chat, generate
+from outrider.cli_generation import chat, connection_options, generate
+from outrider.cli_top import table_console, top
 from outrider.client import Client, Request
-from outrider.config import DEFAULT_ENDPOINT
+from outrider.config import Tls
 from outrider.errors import OutriderError
 from outrider.serving.options import apply, cache_option
 
@@ -61,26 +62,33 @@ def main() -> None:
     Try it on this machine:   outrider demo
     A fleet that stays up:    outrider local
     Talk to it:               outrider chat "Why is the sky blue?"
+    Watch it work:            outrider top
     """
 
 
 main.add_command(generate)
 main.add_command(chat)
+main.add_command(top)
 
 
 @main.command()
-@click.option("--endpoint", default=DEFAULT_ENDPOINT, envvar="OUTRIDER_ENDPOINT", show_default=True)
+@connection_options
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
 @click.option("--for", "prompt", help="Say what placing this prompt on each verifier would cost.")
-def workers(endpoint: str, as_json: bool, prompt: str | None) -> None:
+def workers(endpoint: str, tls: Tls | None, as_json: bool, prompt: str | None) -> None:
     """List the workers that the orchestrator knows, and why some are not used.
 
     \b
     sessions   those of this orchestrator
     step, kv   duration of the last verify step, and tokens of KV in use in it
     waiting    admitted sessions that waited for KV, whosever they are
+
+    \b
+    Why was a prompt placed there:  outrider workers --for "Once upon a time"
+    Who is not used, and why:       outrider workers --json | jq '.[] | select(.state != "ready")'
+    As it changes:                  outrider top
     """
-    with Client(endpoint) as client:
+    with Client(endpoint, tls=tls) as client:
         rows = client.workers(None if prompt is None else Request(prompt=prompt))
     if as_json:
         click.echo(
@@ -119,7 +127,7 @@ def workers(endpoint: str, as_json: bool, prompt: str | None) -> None:
             str(worker.waiting) if worker.step_s else "-",
             worker.reason or worker.placement,
         )
-    Console().print(table)
+    table_console().print(table)
 
 
 @main.command()

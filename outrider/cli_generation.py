@@ -19,10 +19,10 @@ from outrider.client import (
     PromptTokens,
     Request,
 )
-from outrider.config import DEFAULT_ENDPOINT
+from outrider.config import DEFAULT_ENDPOINT, Tls
 from outrider.domain import TokenLogprobs
 from outrider.errors import InvalidRequest
-from outrider.serving.options import apply
+from outrider.serving.options import apply, client_tls_options
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -50,16 +50,25 @@ def _schema(ctx: click.Context, param: click.Parameter, value: str | None) -> st
         raise click.BadParameter(f"no JSON object, and as a file {value!r}: {reason}") from None
 
 
-def sampling_options(command: F) -> F:
-    """Add the options that every generating command shares."""
-    options: tuple[Callable[[Any], Any], ...] = (
+def connection_options(command: F) -> F:
+    """Add --endpoint and the options of TLS; the command gets `endpoint` and `tls`."""
+    return apply(
+        command,
         click.option(
             "--endpoint",
             default=DEFAULT_ENDPOINT,
             envvar="OUTRIDER_ENDPOINT",
             show_default=True,
-            help="Orchestrator, host:port.",
+            help="Orchestrator, host:port; several, with commas between, stand in for each other.",
         ),
+        client_tls_options,
+    )
+
+
+def sampling_options(command: F) -> F:
+    """Add the options that every generating command shares."""
+    options: tuple[Callable[[Any], Any], ...] = (
+        connection_options,
         click.option("--model", default="", help="Model name; may be left out if one is served."),
         click.option("--temperature", type=float, help="0 is greedy.  [server default: 1]"),
         click.option("--top-k", type=int, help="Keep the k most probable tokens."),
@@ -145,18 +154,27 @@ def sampling_options(command: F) -> F:
     help="The same for the prompt's tokens.",
 )
 def generate(
-    prompt: str | None, endpoint: str, as_json: bool, trace_path: Path | None, **options: Any
+    prompt: str | None,
+    endpoint: str,
+    tls: Tls | None,
+    as_json: bool,
+    trace_path: Path | None,
+    **options: Any,
 ) -> None:
     """Continue PROMPT, as it is (no chat template). Reads standard input if PROMPT is left out.
+
+    Text goes to standard output as it comes, and a summary to standard error: tau is how many
+    tokens a step of the target gave, 1 without speculation.
 
     \b
     Three endings to choose from:   outrider generate "Once upon a time" --n 3 --tokens-max 40
     A number and nothing else:      outrider generate "2 + 2 = " --regex "[0-9]+"
     How sure the model is:          outrider generate "Paris is in" --logprobs 3 --tokens-max 1
+    The text and nothing else:      outrider generate "Hello" --json | jq -r .text
     """
     text = prompt if prompt is not None else sys.stdin.read()
     request = Request(prompt=text, trace=trace_path is not None, **options)
-    _run(endpoint, request, as_json, trace_path)
+    _run(Client(endpoint, tls=tls), request, as_json, trace_path)
 
 
 @click.command()
@@ -167,16 +185,25 @@ def chat(
     message: str | None,
     system: str | None,
     endpoint: str,
+    tls: Tls | None,
     as_json: bool,
     trace_path: Path | None,
     **options: Any,
 ) -> None:
-    """Answer MESSAGE; without it, hold a conversation in the terminal (end it with Ctrl-D)."""
+    """Answer MESSAGE; without it, hold a conversation in the terminal (end it with Ctrl-D).
+
+    \b
+    One answer:                     outrider chat "Why is the sky blue?" --tokens-max 100
+    In character:                   outrider chat --system "You are a pirate."
+    The same answer every time:     outrider chat "Name a river." --seed 7
+    An object, for a program:       outrider chat "Describe a cat." --json-schema cat.json
+    A fleet with mutual TLS:        outrider chat --tls-cert me.pem --tls-key me.key --tls-ca ca.pem
+    """
     turns: list[tuple[str, str]] = [("system", system)] if system else []
     options["trace"] = trace_path is not None
     if message is not None:
         request = Request(chat=[*turns, ("user", message)], **options)
-        _run(endpoint, request, as_json, trace_path)
+        _run(Client(endpoint, tls=tls), request, as_json, trace_path)
         return
     while True:
         try:
@@ -184,16 +211,17 @@ def chat(
         except click.Abort:
             return
         turns.append(("user", line))
-        answer = _run(endpoint, Request(chat=list(turns), **options), as_json, trace_path)
+        request = Request(chat=list(turns), **options)
+        answer = _run(Client(endpoint, tls=tls), request, as_json, trace_path)
         turns.append(("assistant", answer))
 
 
-def _run(endpoint: str, request: Request, as_json: bool, trace_path: Path | None) -> str:
+def _run(client: Client, request: Request, as_json: bool, trace_path: Path | None) -> str:
     """Show one generation in the terminal; returns the text of its first choice.
 
-    The timeline that is written is the first choice's.
+    The timeline that is written is the first choice's. Closes the client.
     """
-    with Client(endpoint) as client:
+    with client:
         if as_json:
             completions = client.complete_all(request)
             _write_trace(trace_path, completions[0].finished)

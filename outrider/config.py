@@ -17,6 +17,8 @@ DEFAULT_CACHE = Path.home() / ".cache" / "outrider"
 """Where models are kept."""
 DEFAULT_ENDPOINT = "127.0.0.1:50050"
 """Where clients look for an orchestrator."""
+DEFAULT_HTTP_URL = "http://127.0.0.1:8080"
+"""Where they look for its HTTP door."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,7 +23,7 @@ from orchestrator.http.errors import Refusal, refusal_of
 from orchestrator.http.keys import ANYBODY, Keyring, Limiter
 from orchestrator.http.metrics import Exposition
 from orchestrator.http.openapi import document
-from orchestrator.http.page import PAGE
+from orchestrator.http.page import PAGE, PAGE_HEADERS
 from orchestrator.http.reading import read_chat, read_completion
 from orchestrator.http.schemas import ChatCompletionRequest, CompletionRequest
 from orchestrator.http.writing import encode
@@ -63,7 +63,7 @@ class Door:
             ),
         }
         openapi = encode(document())
-        page = HTMLResponse(PAGE, headers=_PAGE_HEADERS)
+        page = HTMLResponse(PAGE, headers=PAGE_HEADERS)
 
         async def metrics(request: Request) -> Response:
             return Response(exposition.text(), media_type=exposition.media_type)
@@ -204,30 +204,20 @@ class Door:
         )
 
 
-_PAGE_HEADERS = {
-    "content-security-policy": (
-        "default-src 'none'; script-src 'unsafe-inline'; style-src 'unsafe-inline';"
-        " connect-src 'self'; frame-ancestors 'none'; base-uri 'none'; form-action 'none'"
-    ),
-    "x-content-type-options": "nosniff",
-    "referrer-policy": "no-referrer",
-}
-
-
 def _json(value: Any) -> Response:
     return Response(encode(value), media_type="application/json")
 
 
 async def _refuse(refusal: Refusal, send: Send) -> None:
     body = encode(refusal.body).encode()
-    headers = {
-        "content-type": "application/json",
-        "content-length": str(len(body)),
-        **refusal.headers,
-    }
+    headers = [
+        ("content-type", "application/json"),
+        ("content-length", str(len(body))),
+        *refusal.headers,
+    ]
     if refusal.status in (408, 413):
-        headers["connection"] = "close"  # The rest of the body is not going to be read.
-    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers.items()]
+        headers.append(("connection", "close"))  # The rest of the body is not going to be read.
+    raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
     await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
     await send({"type": "http.response.body", "body": body, "more_body": False})
 

@@ -9,7 +9,7 @@ import logging
 import math
 import re
 import uuid
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 from pydantic import ValidationError
@@ -59,7 +59,8 @@ class Refusal:
     type: str
     param: str | None = None
     code: str | None = None
-    headers: dict[str, str] = field(default_factory=dict)
+    headers: tuple[tuple[str, str], ...] = ()
+    """Lines; a name may be in several of them."""
 
     @property
     def body(self) -> dict[str, Any]:
@@ -98,7 +99,7 @@ def refusal_of(error: Exception) -> Refusal:
         case OutriderError():
             return _of_ours(error)
         case HTTPException():  # The router's: no such route or method.
-            headers = dict(error.headers or {})
+            headers = tuple((error.headers or {}).items())
             kind = "invalid_request_error"
             return Refusal(error.status_code, error.detail, kind, headers=headers)
         case _:
@@ -108,16 +109,22 @@ def refusal_of(error: Exception) -> Refusal:
             return Refusal(500, message, "server_error", code="internal_error")
 
 
+# The second one makes a browser ask for the key; Chromium knows only the first one of a line.
+_CHALLENGES = (
+    ("www-authenticate", "Bearer"),
+    ("www-authenticate", 'Basic realm="outrider", charset="UTF-8"'),
+)
+
+
 def _of_ours(error: OutriderError) -> Refusal:
     status, kind, code = next(row[1:] for row in _STATUS if isinstance(error, row[0]))
-    headers: dict[str, str] = {}
+    headers: tuple[tuple[str, str], ...] = ()
     if isinstance(error, Exhausted) and error.retry_after_s is not None:
-        headers["retry-after"] = str(max(1, math.ceil(error.retry_after_s)))
+        headers = (("retry-after", str(max(1, math.ceil(error.retry_after_s)))),)
     elif status in (429, 503):
-        headers["retry-after"] = str(_RETRY_S)
+        headers = (("retry-after", str(_RETRY_S)),)
     elif status == 401:
-        # The second one makes a browser ask for the key.
-        headers["www-authenticate"] = 'Bearer, Basic realm="outrider", charset="UTF-8"'
+        headers = _CHALLENGES
     if isinstance(error, InvalidRequest):
         # Nobody sends a field of these names: the request as a whole is at fault.
         param = error.field if error.field not in ("", "request", "authorization") else None

@@ -68,23 +68,10 @@ def address_options(command: F) -> F:
             show_default=True,
             help="Seconds that sessions under way get to finish after SIGTERM.",
         ),
-        *(
-            click.option(
-                f"--tls-{name}",
-                type=click.Path(path_type=Path, exists=True, dir_okay=False),
-                envvar=f"OUTRIDER_TLS_{name.upper()}",
-                help=text,
-            )
-            for name, text in (
-                ("cert", "Certificate for gRPC, shown to clients and servers alike; PEM."),
-                ("key", "Its private key; PEM."),
-                ("ca", "Authority that the others' certificates are from; PEM."),
-            )
-        ),
-        click.option(
-            "--tls-server-name",
-            envvar="OUTRIDER_TLS_SERVER_NAME",
-            help="Name in the servers' certificates.  [default: the address]",
+        *_tls_options(
+            "Certificate for gRPC, shown to clients and servers alike; PEM.",
+            "Authority that the others' certificates are from; PEM.",
+            "Name in the servers' certificates.  [default: the address]",
         ),
         click.option(
             "--plaintext",
@@ -93,6 +80,35 @@ def address_options(command: F) -> F:
             help="Serve gRPC to other machines without TLS.",
         ),
     )
+
+
+def client_tls_options(command: F) -> F:
+    """Add what a client needs for a fleet with TLS; the command gets `tls`, perhaps None."""
+    return apply(
+        _with_tls(command),
+        *_tls_options(
+            "Your certificate, for a fleet with mutual TLS; PEM. Goes with --tls-key and --tls-ca.",
+            "Authority that the orchestrator's certificate must be from; PEM.",
+            "Name in the orchestrator's certificate.  [default: the address]",
+        ),
+    )
+
+
+def _tls_options(certificate: str, authority: str, server_name: str) -> list[Callable[[Any], Any]]:
+    """The options of `Tls`, with these help texts."""
+    files = (("cert", certificate), ("key", "Its private key; PEM."), ("ca", authority))
+    return [
+        *(
+            click.option(
+                f"--tls-{name}",
+                type=click.Path(path_type=Path, exists=True, dir_okay=False),
+                envvar=f"OUTRIDER_TLS_{name.upper()}",
+                help=text,
+            )
+            for name, text in files
+        ),
+        click.option("--tls-server-name", envvar="OUTRIDER_TLS_SERVER_NAME", help=server_name),
+    ]
 
 
 def _with_tls(command: F) -> F:

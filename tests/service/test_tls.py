@@ -16,22 +16,10 @@ from outrider.errors import ConfigError
 from outrider.serving.server import Server
 from outrider.serving.tls import channel_credentials, channel_options
 from outrider.v1 import verifier_pb2_grpc, worker_pb2, worker_pb2_grpc
+from tests.support.certificates import identity
 from tests.support.scripted_verifier import ScriptedVerifier
 
 HOST = "127.0.0.1"
-
-
-def identity(
-    authority: trustme.CA, folder: Path, *names: str, trusted: trustme.CA | None = None
-) -> Tls:
-    """Files of somebody with certificates for these names."""
-    folder.mkdir(exist_ok=True)
-    issued = authority.issue_cert(*names)
-    tls = Tls(folder / "cert.pem", folder / "key.pem", folder / "ca.pem")
-    tls.certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
-    issued.private_key_pem.write_to_path(tls.private_key)
-    (trusted or authority).cert_pem.write_to_path(tls.authority)
-    return tls
 
 
 @contextlib.asynccontextmanager
