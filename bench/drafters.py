@@ -120,28 +120,29 @@ class Drafter:
         self.policy = policy
         """None: it listens and says nothing, which costs the engine nothing."""
         self._driver = driver
-        self._commits: SimpleQueue[tuple[int, Commit, Trace] | None] = SimpleQueue()
+        self._steps: SimpleQueue[list[tuple[int, Commit, Trace]] | None] = SimpleQueue()
+        """What steps committed: one entry a step, as there is one message a step to an edge."""
         self._logs: dict[int, CommittedLog] = {}
         self._thread = threading.Thread(target=self._run, name="drafter", daemon=True)
         self._thread.start()
-        driver.on_commit = self._hear
+        driver.on_commits = self._steps.put
 
     def close(self) -> None:
         """Hear no more and end the thread."""
-        self._driver.on_commit = None
-        self._commits.put(None)
+        self._driver.on_commits = None
+        self._steps.put(None)
         self._thread.join()
 
-    def _hear(self, session: int, commit: Commit, trace: Trace) -> None:
-        self._commits.put((session, commit, trace))
-
     def _run(self) -> None:
-        while (heard := self._commits.get()) is not None:
-            session, commit, trace = heard
-            log = self._logs.get(session)
-            if log is None:
-                log = self._logs[session] = CommittedLog(trace.prompt)
-            log.append(commit.tokens)
-            data = self.policy.draft(log) if self.policy is not None else None
-            if data is not None and not commit.last:
-                self._driver.offer(session, draft_from_bytes(data))
+        while (step := self._steps.get()) is not None:
+            for session, commit, trace in step:
+                self._answer(session, commit, trace)
+
+    def _answer(self, session: int, commit: Commit, trace: Trace) -> None:
+        log = self._logs.get(session)
+        if log is None:
+            log = self._logs[session] = CommittedLog(trace.prompt)
+        log.append(commit.tokens)
+        data = self.policy.draft(log) if self.policy is not None else None
+        if data is not None and not commit.last:
+            self._driver.offer(session, draft_from_bytes(data))

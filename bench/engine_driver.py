@@ -74,8 +74,8 @@ class EngineDriver:
         self.steps: list[tuple[float, int]] = []
         """(end, tokens committed) of each step that committed something."""
         self.kv_tokens_used_max = 0
-        self.on_commit: Callable[[int, Commit, Trace], None] | None = None
-        """Called on the engine's thread: must be quick."""
+        self.on_commits: Callable[[list[tuple[int, Commit, Trace]]], None] | None = None
+        """Told of a step's commits at once, on the engine's thread: must be quick."""
         self._traces: dict[int, Trace] = {}
         self._numbers = itertools.count(1)
         self._changed = threading.Condition()
@@ -167,6 +167,8 @@ class EngineDriver:
                 self._record(now, number, commit, report)
             if mine.commits:
                 self.steps.append((now, sum(len(c.tokens) for _, c, _ in mine.commits)))
+                if self.on_commits is not None:
+                    self.on_commits([(n, c, self._traces[n]) for n, c, _ in mine.commits])
             if mine.step is not None:
                 self.kv_tokens_used_max = max(self.kv_tokens_used_max, mine.step.kv_tokens_used)
             self._changed.notify_all()
@@ -177,5 +179,3 @@ class EngineDriver:
         trace.ids.extend(commit.tokens)
         trace.accepted = report.counters.accepted_draft_tokens
         trace.finished = commit.last
-        if self.on_commit is not None:
-            self.on_commit(number, commit, trace)

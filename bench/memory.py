@@ -73,7 +73,7 @@ def measure_memory(
         peak = max(peak, resident_bytes())
         needed = max(needed, driver.engine.kv_tokens_used)
 
-    driver.on_commit = look
+    driver.on_commits = look
     prompts = [texts.take(index, _PROMPT_TOKENS) for index in range(_SESSIONS)]
     driver.generate(prompts, _OUTPUT_TOKENS, "memory")
     used = driver.kv_tokens_used_max
