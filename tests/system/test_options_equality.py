@@ -197,9 +197,7 @@ def some_cases(draw: st.DrawFn) -> list[Case]:
     return cases
 
 
-@settings(
-    max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck)
-)
+@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 @given(cases=some_cases(), tokens=st.sampled_from([160, 256, 1024]), chunk=st.integers(1, 64))
 def test_any_options_in_any_batch(model, cases, tokens, chunk):
     config = replace(TIGHT, kv_tokens_max=tokens, prefill_tokens_max=chunk)
