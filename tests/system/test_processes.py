@@ -139,13 +139,13 @@ def _kill_a_drafter_half_way(fleet: LocalFleet, client: Client) -> None:
             case Delta():
                 ids += event.token_ids
                 sources += event.sources
-                if len(ids) >= 24 and not killed_at:
+                # Not before a drafter has helped, which on a busy machine may take a while.
+                if len(ids) >= 8 and any(sources) and not killed_at:
                     killed_at = len(ids)
-                    assert any(sources), "no drafter had helped before"
                     os.kill(fleet.pids["drafter-1"], signal.SIGKILL)
             case Finished():
                 assert event.usage.completion_tokens == len(ids)
-    assert killed_at < 60
+    assert 0 < killed_at < 60, "no drafter helped"
     check(case, ids)
 
 
