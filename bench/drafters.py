@@ -1,7 +1,7 @@
 """Drafters for the engine driven in process: hopeless, silent and honest ones.
 
 Each lives on a thread of its own, as a verifier's edge does, hears of commits, and answers with
-serialized drafts, which it decodes as the edge would before it hands them to the engine.
+serialized drafts.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from typing import Protocol
 from bench.engine_driver import EngineDriver, Trace
 from outrider.committed import CommittedLog
 from outrider.domain import Commit, Draft
-from outrider.wire import draft_from_bytes, draft_to_bytes
+from outrider.wire import draft_to_bytes
 
 TREE_NODES = 256
 _CLAIM = math.log(0.9)
@@ -145,4 +145,4 @@ class Drafter:
         log.append(commit.tokens)
         data = self.policy.draft(log) if self.policy is not None else None
         if data is not None and not commit.last:
-            self._driver.offer(session, draft_from_bytes(data))
+            self._driver.offer(session, data)

@@ -11,8 +11,9 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from bench.rates import Run
-from outrider.domain import Commit, CommitReport, Draft, SamplingParams, SessionSpec
+from outrider.domain import Commit, CommitReport, SamplingParams, SessionSpec
 from outrider.model.language_model import LanguageModel
+from outrider.wire import draft_from_bytes
 from verifier_service.config import EngineConfig
 from verifier_service.engine import Engine
 from verifier_service.messages import Abort, Offer, Open, Outputs
@@ -21,6 +22,7 @@ T = TypeVar("T")
 
 _CONNECTION = 1
 _EPOCH = 1
+_SOURCE = 1
 _WAIT_MAX_S = 900.0
 
 
@@ -106,9 +108,10 @@ class EngineDriver:
         self.engine.submit(Open(_CONNECTION, spec))
         return number
 
-    def offer(self, session: int, draft: Draft | None) -> None:
-        """Hand a draft in, as the edge does."""
-        self.engine.submit(Offer(_CONNECTION, session, 1, draft))
+    def offer(self, session: int, data: bytes) -> None:
+        """Hand a serialized draft in, as the edge does."""
+        if not self.engine.passes_over(_CONNECTION, session, _SOURCE):
+            self.engine.submit(Offer(_CONNECTION, session, _SOURCE, draft_from_bytes(data)))
 
     def trace(self, session: int) -> Trace:
         """What became of a session; changes while it runs."""

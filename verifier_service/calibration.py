@@ -98,6 +98,11 @@ class Trust:
         elif self._rise.evidence > 0.0:
             self._rise.test(_LOG_HALF, hit, claim)
 
+    @property
+    def rising(self) -> bool:
+        """True while the last guesses were better than what is believed."""
+        return self._rise.evidence > 0.0
+
     def _restart(self, change: _Change) -> None:
         """Let only what came since the change count."""
         self.right, self.claimed = change.right, change.claimed
@@ -217,6 +222,12 @@ class SessionCalibration:
             return ESTIMATE_FLOOR
         estimate = self._offset + self._shared.shape.apply(claim_logprob)
         return estimate if estimate < _LOGPROB_MAX else _LOGPROB_MAX
+
+    @property
+    def hopeless(self) -> bool:
+        """True if no claim of the source is worth a token, and nothing speaks for a change."""
+        floor = self.apply(0.0) == ESTIMATE_FLOOR
+        return floor and not self._trust.rising and not self._shared.trust.rising
 
     def _ratio(self) -> float:
         return self._trust.ratio(self._shared.ratio(), self._PRIOR_WEIGHT)

@@ -125,6 +125,17 @@ class Engine:
         self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="verify")
         self._ended_run = self._thread.submit(self._run)
 
+    def passes_over(self, connection: int, session: int, source: int) -> bool:
+        """Return whether a draft shall be dropped unread, for its source proved hopeless.
+
+        To be asked for each draft before it is parsed. Most drafts of such a source are passed
+        over; the rest are read, so that one that turns honest is noticed.
+        """
+        seat = self._seats.get(session)
+        if seat is None or seat.session.connection != connection:
+            return False
+        return seat.session.passes_over(source)
+
     def submit(self, command: Command) -> None:
         """Queue a command; drafts are dropped when too many wait.
 

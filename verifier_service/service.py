@@ -137,6 +137,8 @@ class VerifierService(
             except InvalidRequest as error:
                 mailbox.put(Outputs(rejections=[_invalid(message, error)]))
         for row in request.drafts:
+            if engine.passes_over(connection, row.session, row.source):
+                continue
             draft = wire.draft_from_bytes(row.draft)
             engine.submit(Offer(connection, row.session, row.source, draft))
         for resync in request.resyncs:

@@ -20,6 +20,11 @@ _HOPELESS_NODES_MAX = 2
 """Nodes that are looked at of a draft none of whose nodes can pay: enough to score its source, and
 few enough to cost next to nothing when every session gets such drafts after every step."""
 
+_PASSED_OVER = 7
+"""Drafts of a hopeless source that are not even read for each one that is: reading a full tree
+takes the cores a third of a millisecond, which is all that such a source can still cost. The first
+right guess ends it, so that honesty is noticed eight steps later at worst."""
+
 
 class Session:
     """State between verify steps."""
@@ -55,6 +60,8 @@ class Session:
         self._verify_steps = 0
         self._verified = 0
         self._received = 0
+        self._passing_over: dict[int, int] = {}
+        self._passed_over = 0
         self._dropped_drafts: Counter[str] = Counter()
         self._dropped_nodes: Counter[str] = Counter()
         self._accepted: Counter[int] = Counter()
@@ -95,6 +102,20 @@ class Session:
             if count:
                 self._dropped_nodes[reason] += count
         self._learn(merge.shadow)
+        if first is not None and self._calibration(source).hopeless:
+            self._passing_over[source] = _PASSED_OVER
+
+    def passes_over(self, source: int) -> bool:
+        """Asked before a draft is read: True if it shall be dropped as it is.
+
+        Called from the thread that receives drafts, at any time: it touches nothing else.
+        """
+        left = self._passing_over.get(source, 0)
+        if not left:
+            return False
+        self._passing_over[source] = left - 1
+        self._passed_over += 1
+        return True
 
     def _looked_at(self, draft: Draft, source: int) -> int | None:
         """How many nodes of a draft to look at: a few if none can pay, else all (None)."""
@@ -152,15 +173,20 @@ class Session:
     def _learn(self, scores: Iterable[ShadowScore]) -> None:
         for score in scores:
             self._calibration(score.source).observe(score.claimed_logprob, score.accepted)
+            if score.accepted:
+                self._passing_over.pop(score.source, None)
 
     def counters(self) -> SpeculationCounters:
         """A snapshot."""
+        dropped_drafts = dict(self._dropped_drafts)
+        if self._passed_over:
+            dropped_drafts["hopeless"] = self._passed_over
         return SpeculationCounters(
             verify_steps=self._verify_steps,
             verified_draft_tokens=self._verified,
             accepted_draft_tokens=sum(self._accepted.values()),
             received_draft_tokens=self._received,
-            dropped_drafts=dict(self._dropped_drafts),
+            dropped_drafts=dropped_drafts,
             dropped_nodes=dict(self._dropped_nodes),
             accepted_by_source=dict(self._accepted),
         )

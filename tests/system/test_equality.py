@@ -315,7 +315,8 @@ async def test_a_hostile_drafter(suite, target, name):
     for reason in hostile.nodes:
         assert counters.received_draft_tokens > 0
         assert counters.dropped_nodes[reason] > 0
-    assert set(counters.dropped_drafts) == set(hostile.drafts)
+    # Once its source is known for a liar, most of what it says is not even read.
+    assert set(counters.dropped_drafts) - {"hopeless"} == set(hostile.drafts)
     if not hostile.nodes:
         assert counters.accepted_draft_tokens == 0
     if name == "impostor":  # stopped by the orchestrator, which knows who may speak for whom
@@ -351,7 +352,7 @@ async def test_all_hostile_drafters_at_once_beside_an_honest_one(suite, target):
         client = await ready(stack, *addresses, target=target.address)
         completions = await suite.short().check(client)
     reasons = {reason for hostile in HOSTILE.values() for reason in hostile.drafts}
-    assert set(totals(completions).dropped_drafts) == reasons
+    assert set(totals(completions).dropped_drafts) - {"hopeless"} == reasons
     assert totals(completions).accepted_draft_tokens > 0
 
 

@@ -141,7 +141,7 @@ class Simulation:
             for session in self.sessions:
                 for source, drafter in enumerate(drafters, start=1):
                     draft = drafter(session)
-                    if draft is not None:
+                    if draft is not None and not session.passes_over(source):
                         session.merge(draft, source)
             clock_s += self._step(run)
         return run
@@ -235,6 +235,43 @@ def test_a_liars_trees_are_not_grafted() -> None:
         assert hopeless == received - 2 * received // 256
 
 
+def test_seven_of_eight_of_a_liars_drafts_are_not_even_read() -> None:
+    simulation = Simulation(8, steep_s)
+    simulation.run(3.0, Liar())
+    before = [session.counters() for session in simulation.sessions]
+    simulation.run(2.0, Liar())
+    for session, old in zip(simulation.sessions, before, strict=True):
+        new = session.counters()
+        unread = new.dropped_drafts["hopeless"] - old.dropped_drafts["hopeless"]
+        read = (new.received_draft_tokens - old.received_draft_tokens) // 256
+        assert read >= 1
+        assert unread == pytest.approx(7 * read, abs=7)
+
+
+def test_every_draft_is_read_again_once_a_guess_was_right() -> None:
+    simulation = Simulation(1, steep_s)
+    simulation.run(3.0, Liar())
+    session = simulation.sessions[0]
+    unread = 0
+    while session.passes_over(1):
+        unread += 1
+    assert unread <= 7
+    session.merge(draft_of(session, [target(0, len(session.log))], [-1], 0.9), 1)
+    assert session.passes_over(1)  # it has only been read, and is not known to be right
+    simulation.run(0.001)  # one step, which commits what was guessed
+    assert not session.passes_over(1)
+    session.merge(draft_of(session, [target(0, len(session.log)) + 1_000], [-1], 0.9), 1)
+    assert not session.passes_over(1)  # the evidence is not gone after one that is wrong
+
+
+def test_who_serves_many_drafts_at_a_load_that_pays_for_none_is_still_read() -> None:
+    """It is not hopeless: what it sends now may pay when the load falls."""
+    simulation = Simulation(64, steep_s)
+    simulation.run(4.0, Honest())
+    counters = [session.counters() for session in simulation.sessions]
+    assert all("hopeless" not in counter.dropped_drafts for counter in counters)
+
+
 def test_a_new_session_knows_the_liar_already() -> None:
     simulation = Simulation(4, steep_s)
     simulation.run(2.0, Liar())
@@ -269,7 +306,9 @@ def test_hostile_drafts_are_counted_whatever_their_source_is_worth() -> None:
             Draft(1, nan.base_length, nan.base_digest, (1, 2), (-1, 0), (math.nan, -0.1)), 1
         )
         simulation.run(1.0, Liar())
-    assert session.counters().dropped_drafts == {"token": 2, "malformed": 2, "empty": 2, "score": 2}
+    dropped = dict(session.counters().dropped_drafts)
+    assert dropped.pop("hopeless") > 0  # those of the liar that were not read
+    assert dropped == {"token": 2, "malformed": 2, "empty": 2, "score": 2}
 
 
 def test_all_nodes_of_a_draft_that_is_used_are_checked() -> None:
