@@ -105,7 +105,6 @@ class Engine:
         self._lent = False
         """The model computes, and what its thread owns is lent to whoever submits a draft."""
         self._draining = False
-        self._drafts_dropped = 0
         self._eos_ids = frozenset(model.eos_ids)
         self._grammars = GrammarCompiler(
             model.tokenizer_files, model.vocabulary_size, model.eos_ids
@@ -131,10 +130,12 @@ class Engine:
         To be asked for each draft before it is parsed. Most drafts of such a source are passed
         over; the rest are read, so that one that turns honest is noticed.
         """
-        seat = self._seats.get(session)
-        if seat is None or seat.session.connection != connection:
-            return False
-        return seat.session.passes_over(source)
+        served = self._session_of(connection, session)
+        return served is not None and served.passes_over(source)
+
+    def _session_of(self, connection: int, number: int) -> Session | None:
+        seat = self._seats.get(number)
+        return seat.session if seat is not None and seat.session.connection == connection else None
 
     def submit(self, command: Command) -> None:
         """Queue a command; drafts are dropped when too many wait.
@@ -149,8 +150,11 @@ class Engine:
                     return
             finally:
                 self._computing.release()
-        if not self._inbox.put(command, droppable=isinstance(command, Offer)):
-            self._drafts_dropped += 1
+        queued = self._inbox.put(command, droppable=isinstance(command, Offer))
+        if not queued and isinstance(command, Offer):
+            session = self._session_of(command.connection, command.session)
+            if session is not None:
+                session.drop_unread("queue_full")
 
     def _evicts(self, offer: Offer) -> bool:
         """True if merging a draft may cost the tree nodes, which a step may be verifying."""

@@ -61,7 +61,7 @@ class Session:
         self._verified = 0
         self._received = 0
         self._passing_over: dict[int, int] = {}
-        self._passed_over = 0
+        self._unread: Counter[str] = Counter()
         self._dropped_drafts: Counter[str] = Counter()
         self._dropped_nodes: Counter[str] = Counter()
         self._accepted: Counter[int] = Counter()
@@ -114,8 +114,12 @@ class Session:
         if not left:
             return False
         self._passing_over[source] = left - 1
-        self._passed_over += 1
+        self.drop_unread("hopeless")
         return True
+
+    def drop_unread(self, reason: str) -> None:
+        """Count a draft that will not be read; called from the thread that receives drafts."""
+        self._unread[reason] += 1
 
     def _looked_at(self, draft: Draft, source: int) -> int | None:
         """How many nodes of a draft to look at: a few if none can pay, else all (None)."""
@@ -178,15 +182,12 @@ class Session:
 
     def counters(self) -> SpeculationCounters:
         """A snapshot."""
-        dropped_drafts = dict(self._dropped_drafts)
-        if self._passed_over:
-            dropped_drafts["hopeless"] = self._passed_over
         return SpeculationCounters(
             verify_steps=self._verify_steps,
             verified_draft_tokens=self._verified,
             accepted_draft_tokens=sum(self._accepted.values()),
             received_draft_tokens=self._received,
-            dropped_drafts=dropped_drafts,
+            dropped_drafts=dict(self._dropped_drafts + self._unread),
             dropped_nodes=dict(self._dropped_nodes),
             accepted_by_source=dict(self._accepted),
         )

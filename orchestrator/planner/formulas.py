@@ -199,16 +199,6 @@ def _verified_rate(figures: Figures, nodes: list[float], drafting_s: float) -> f
 # --- capacity and cost ------------------------------------------------------------------------
 
 
-def offload_gain(draft_s: float, verify_s: float) -> float:
-    """How many more clients a verifier serves once drafting happens elsewhere: 1 + K t_d / T."""
-    return 1.0 + draft_s / verify_s
-
-
-def groups_to_saturate(draft_s: float, verify_s: float, rtt_s: float) -> int:
-    """Groups of sessions that keep a verifier busy in lockstep: at least 1 + (r + K t_d) / T."""
-    return math.ceil(1.0 + (rtt_s + draft_s) / verify_s - 1e-9)
-
-
 def drafters_per_verifier(
     rows: int, leaves_per_row: float, draft_steps: int, draft: Knots, leaves: int, cycle_s: float
 ) -> int:
@@ -240,11 +230,6 @@ def lockstep_break_even_s(figures: Figures) -> float:
         - length * figures.chain_draft_s()
         for length in range(1, LENGTH_MAX + 1)
     )
-
-
-def pull_break_even_s(hit_rate: float, draft_s: float) -> float:
-    """Round trip beyond which co-located chains of the same length beat pull: h K t_d."""
-    return hit_rate * draft_s
 
 
 def _best_length(figures: Figures, rate: Callable[[int], float]) -> Best:

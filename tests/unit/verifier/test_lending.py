@@ -12,6 +12,8 @@ from verifier_service.messages import Abort, Command, Offer, Open
 from verifier_service.session import Session
 
 PROMPT = (40, 41, 42)
+WRONG = 1
+"""What this target does not choose within 40 steps."""
 
 
 class Rig:
@@ -25,7 +27,9 @@ class Rig:
             Pacer(lambda: self._now_s, self._sleep),
         )
         self.engine = Engine(
-            model, EngineConfig(kv_tokens_max=1_024, tree_nodes_max=2), lambda outputs: None
+            model,
+            EngineConfig(kv_tokens_max=1_024, tree_nodes_max=2, drafts_queued_max=2),
+            lambda outputs: None,
         )
         spec = SessionSpec(
             session=5,
@@ -121,3 +125,31 @@ def test_a_pass_that_fails_takes_back_what_it_lent() -> None:
     rig.engine._step()
     rig.engine.submit(offer)
     assert rig.engine._inbox.waiting == 1
+
+
+def test_drafts_that_find_the_queue_full_are_counted() -> None:
+    rig = Rig(lambda rig: None)
+    for token in (50, 51, 52):
+        rig.engine.submit(rig.offer(token))
+    rig.apply()
+    assert rig.session.counters().received_draft_tokens == 2
+    assert rig.session.counters().dropped_drafts == {"queue_full": 1}
+
+
+def test_a_source_that_proved_hopeless_is_passed_over() -> None:
+    rig = Rig(lambda rig: None)
+    unread = 0
+    for _ in range(40):
+        if rig.engine.passes_over(1, 5, 1):
+            unread += 1
+            assert not rig.engine.passes_over(2, 5, 1)  # a session of another connection
+            assert not rig.engine.passes_over(1, 5, 2)  # another source
+            assert not rig.engine.passes_over(1, 6, 1)  # no such session
+        else:
+            rig.engine.submit(rig.offer(WRONG))
+            rig.apply()
+        rig.engine._step()
+    counters = rig.session.counters()
+    assert counters.dropped_drafts == {"hopeless": unread}
+    assert counters.received_draft_tokens == 40 - unread
+    assert unread > 10
