@@ -51,10 +51,10 @@ class Effort:
     plain_skipped_s: float = 0.5
     round_trips_ms: tuple[float, ...] = (0.5, 2.0, 5.0, 10.0, 20.0, 50.0)
     draft_steps_ms: tuple[float, ...] = (4.0, 6.7, 8.2)
-    sessions: tuple[int, ...] = (1, 4, 8, 16, 32, 64)
-    fleet_slowed: float = 5.0
-    """The fleet of the part with many sessions has all its times so much longer: one machine has
-    to run what would be thirteen."""
+    fleets: tuple[tuple[float, tuple[int, ...]], ...] = ((5.0, (1, 4)), (15.0, (8, 16, 32, 64)))
+    """Of the part with many sessions: (slowed, sessions). All times of a fleet are so much longer,
+    since one machine has to run what would be thirteen: the synthetic models of eight busy drafters
+    take 3.6 ms of two cores for a draft step, which must be far less than what it stands for."""
     phase_s: float = 5.0
     """Of constant acceptance, in the part that changes it."""
     simulated_steps: int = 4_000
@@ -78,9 +78,9 @@ class Effort:
         """Target-only runs of a row: two at first, for an A/A comparison, one after each run."""
         return self.repeats + 2
 
-    def fleet_window_s(self, sessions: int) -> float:
+    def fleet_window_s(self, sessions: int, slowed: float) -> float:
         """Window of so many sessions: more of them say as much in less time."""
-        return float(self.window_s * max(0.875, 2.5 / sessions**0.5))
+        return float(self.window_s * max(0.875, 2.5 / sessions**0.5) * fleet_stretch(slowed))
 
 
 QUICK = Effort(
@@ -90,7 +90,7 @@ QUICK = Effort(
     plain_window_s=1.0,
     round_trips_ms=(0.5, 20.0),
     draft_steps_ms=(8.2,),
-    sessions=(1, 16),
+    fleets=((5.0, (1,)), (15.0, (16,))),
     phase_s=2.0,
     simulated_steps=500,
     prompts=2,
@@ -103,6 +103,11 @@ QUICK = Effort(
 """Little of everything, to see that it runs."""
 
 
+def fleet_stretch(slowed: float) -> float:
+    """How much longer the windows of a fleet are that is slowed so much."""
+    return max(1.0, slowed / 10.0)
+
+
 def seconds_of(part: str, effort: Effort) -> float:
     """Estimate how long a part takes on a machine with two cores and nothing else to do."""
     match part:
@@ -113,8 +118,12 @@ def seconds_of(part: str, effort: Effort) -> float:
         case "floor":
             return 2 * (_START_S + _row_s(effort))
         case "fleet":
-            rows = [_fleet_row_s(effort, count) for count in effort.sessions]
-            return 2 * _START_S + _ROUND_TRIP_S + sum(rows)
+            rows_s = sum(
+                _fleet_row_s(effort, count, slowed)
+                for slowed, counts in effort.fleets
+                for count in counts
+            )
+            return len(effort.fleets) * (2 * _START_S + _ROUND_TRIP_S) + rows_s
         case "recover":
             script_s = 6 * effort.phase_s + effort.skipped_s + _OPENING_S
             return _START_S + _ROUND_TRIP_S + effort.recoveries * (script_s + _plain_s(effort))
@@ -143,9 +152,11 @@ def _row_s(effort: Effort) -> float:
     return _ROUND_TRIP_S + runs_s + effort.simulated_steps * _CALCULATING_S
 
 
-def _fleet_row_s(effort: Effort, sessions: int) -> float:
-    plain_s = _plain_s(effort) + effort.plain_skipped_s + effort.plain_window_s
-    speculated_s = 2 * effort.skipped_s + effort.fleet_window_s(sessions) + 2 * _OPENING_S
+def _fleet_row_s(effort: Effort, sessions: int, slowed: float) -> float:
+    stretch = 2.0 * fleet_stretch(slowed)
+    plain_s = _OPENING_S + stretch * (effort.plain_skipped_s + effort.plain_window_s)
+    window_s = effort.fleet_window_s(sessions, slowed)
+    speculated_s = stretch * effort.skipped_s + window_s + 2 * _OPENING_S
     return (
         effort.plain_runs * plain_s
         + effort.repeats * speculated_s

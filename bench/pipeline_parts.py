@@ -12,7 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from bench import relay
-from bench.pipeline_effort import Effort
+from bench.pipeline_effort import Effort, fleet_stretch
 from bench.pipeline_readings import Steps, rate, read_recovery, read_steps
 from bench.pipeline_real import measure_real
 from bench.pipeline_results import Disturbance, Results, Row
@@ -124,17 +124,22 @@ class Bench:
 
     def _fleet(self) -> None:
         """Many sessions on four verifiers and eight drafters."""
-        effort = self._effort
-        base = Setting(verifiers=4, drafters=8).slowed(effort.fleet_slowed)
-        with SyntheticFleet(base) as fleet:
-            rtt_s = fleet.set_round_trip(DRAFT_RTT_MS / 1_000 * effort.fleet_slowed)
-            for sessions in effort.sessions:
-                name = f"{sessions} sessions"
-                with self._surviving(name):
-                    setting = replace(base, sessions=sessions)
-                    window_s = effort.fleet_window_s(sessions)
-                    load = Load(sessions, True, 0, 2 * effort.skipped_s, window_s)
-                    self._measure(fleet, setting, name, None, rtt_s, load)
+        for slowed, counts in self._effort.fleets:
+            base = Setting(verifiers=4, drafters=8).slowed(slowed)
+            with self._surviving(f"fleet slowed {slowed:g} times"), SyntheticFleet(base) as fleet:
+                rtt_s = fleet.set_round_trip(DRAFT_RTT_MS / 1_000 * slowed)
+                for sessions in counts:
+                    name = f"{sessions} sessions"
+                    with self._surviving(name):
+                        setting = replace(base, sessions=sessions)
+                        load = self._fleet_load(sessions, slowed)
+                        self._measure(
+                            fleet, setting, name, None, rtt_s, load, 2 * fleet_stretch(slowed)
+                        )
+
+    def _fleet_load(self, sessions: int, slowed: float) -> Load:
+        skipped_s = 2 * fleet_stretch(slowed) * self._effort.skipped_s
+        return Load(sessions, True, 0, skipped_s, self._effort.fleet_window_s(sessions, slowed))
 
     def _measure(
         self,
@@ -144,9 +149,10 @@ class Bench:
         rtt_nominal_ms: float | None,
         rtt_s: float,
         load: Load,
+        stretch: float = 1.0,
     ) -> None:
-        """Target-only twice, then speculated and target-only in turn."""
-        plain = self._plain(setting, 2.0 if setting.verifiers > 1 else 1.0)
+        """Target-only twice, its windows stretched, then speculated and target-only in turn."""
+        plain = self._plain(setting, stretch)
         speculated, draft_ms = list[float](), list[float]()
         steps: list[Steps] = []
         target_only = [rate(observe(fleet.address, replace(plain, seed=seed))) for seed in (0, 0)]
