@@ -12,7 +12,6 @@ from typing import Any
 import click
 from rich.console import Console
 from rich.progress import Progress
-from rich.table import Table
 
 from drafter_service.datastore import TOKENS_MAX, open_datastore
 from outrider.errors import OutriderError
@@ -151,8 +150,8 @@ def _show(path: Path, as_json: bool, **more: float) -> None:
     if as_json:
         click.echo(json.dumps(facts))
         return
-    table = Table(box=None, show_header=False)
+    width = max(map(len, facts))
     for name, value in facts.items():
-        counted = isinstance(value, int) and name != "version"
-        table.add_row(name, f"{value:,}" if counted else str(value))
-    Console(soft_wrap=True).print(table)
+        # Not a table, which would cut paths and fingerprints off where the terminal ends.
+        shown = f"{value:,}" if type(value) is int else value
+        click.echo(f"{name:<{width}}  {shown}")
