@@ -164,14 +164,15 @@ def write_datastore(
     packed = json.dumps(asdict(header), sort_keys=True).encode()
     # What follows is then aligned to ids.
     packed += b" " * (-len(packed) % _ID_BYTES)
-    digest = xxhash.xxh3_128()
-    for part in (
+    parts: list[bytes | memoryview] = [
         MAGIC,
         struct.pack("<I", len(packed)),
         packed,
         tokens.astype(">u4").data,
         suffixes.astype("<u4").data,
-    ):
+    ]
+    digest = xxhash.xxh3_128()
+    for part in parts:
         digest.update(part)
         target.write(part)
     target.write(digest.digest())

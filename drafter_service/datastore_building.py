@@ -141,7 +141,7 @@ def sorted_suffixes(
     """
     ranks = tokens.astype(np.uint64) + 1  # 0 is left for what lies behind the end
     doublings = MATCH_MAX.bit_length() - 1
-    order = np.zeros(0, np.int64)
+    order: NDArray[np.intp] = np.zeros(0, np.intp)
     for done in range(doublings):
         width = 1 << done
         behind = np.zeros_like(ranks)
