@@ -5,12 +5,13 @@ from __future__ import annotations
 import asyncio
 import secrets
 import sys
+from pathlib import Path
 from typing import Any
 
 import click
 
-from drafter_service.config import DrafterConfig, GrowingConfig
-from outrider.errors import OutriderError
+from drafter_service.config import LANGUAGE_MODEL, DrafterConfig, GrowingConfig, stages_of
+from outrider.errors import ConfigError, OutriderError
 from outrider.serving.logs import configure_logging
 from outrider.serving.options import (
     check_advertised,
@@ -23,10 +24,24 @@ from outrider.serving.options import (
 @click.command("drafter", context_settings={"auto_envvar_prefix": "OUTRIDER_DRAFTER"})
 @click.option(
     "--proposer",
-    type=click.Choice(["lookup", "language-model"]),
     default="lookup",
     show_default=True,
-    help="What guesses: the text's own repetitions, or a draft model.",
+    metavar="NAME | cascade:NAME,NAME,...",
+    help="What guesses: lookup (the text's own repetitions), datastore (a corpus), recycling (what"
+    " the target thought probable before), language-model (a draft model); or a cascade, whose"
+    " later ones guess only where the earlier ones have little to say.",
+)
+@click.option(
+    "--datastore",
+    type=click.Path(dir_okay=False, path_type=Path),
+    help="Corpus to guess from (datastore only); see `outrider datastore`.",
+)
+@click.option(
+    "--cascade-tokens",
+    type=click.FloatRange(min=0.0),
+    default=3.0,
+    show_default=True,
+    help="Tokens that guesses must promise to win before a cascade spares its later proposers.",
 )
 @click.option("--model", help="Draft model with the target's tokenizer (language-model only).")
 @click.option(
@@ -68,15 +83,33 @@ def command(
     worker_id: str | None,
     **options: Any,
 ) -> None:
-    """Run a drafter: guesses ahead of the target."""
+    """Run a drafter: guesses ahead of the target.
+
+    \b
+    No model:      outrider drafter --proposer lookup
+    A model:       outrider drafter --proposer language-model --model ./my-draft-model
+    A corpus:      outrider drafter --proposer datastore --datastore docs.store
+    All at once:   outrider drafter --proposer cascade:lookup,recycling,language-model \\
+                     --model ./my-draft-model
+
+    On SIGHUP it loads model and datastore anew and goes on guessing with them for the sessions that
+    it has; what cannot be used is logged and the old version goes on. Put a new version in place
+    whole (rename a folder, or turn a link) before.
+    """
     configure_logging("drafter", level=log_level, fmt=log_format)
     config = DrafterConfig(
         worker_id=worker_id or f"drafter-{secrets.token_hex(4)}",
         growing=GrowingConfig(sessions_max=sessions_max, step_delay_s=step_delay_s),
         **options,
     )
-    if config.proposer == "language-model" and config.model is None:
+    try:
+        stages = stages_of(config.proposer)
+    except ConfigError as error:
+        raise click.UsageError(f"--proposer: {error}") from None
+    if LANGUAGE_MODEL in stages and config.model is None:
         raise click.UsageError("--model is needed for --proposer language-model")
+    if "datastore" in stages and config.datastore is None:
+        raise click.UsageError("--datastore is needed for --proposer datastore")
     check_advertised(config.host, config.redis_url, config.advertise)
     # Imported late: torch takes seconds, and `--help` should not.
     from drafter_service.app import serve

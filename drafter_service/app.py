@@ -6,13 +6,14 @@ import asyncio
 import contextlib
 import logging
 import secrets
+import signal
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 
 from drafter_service.config import DrafterConfig
-from drafter_service.growing import Grower
+from drafter_service.growing import Grower, Swap
+from drafter_service.making import make_proposer
 from drafter_service.proposers.base import Proposer
-from drafter_service.proposers.lookup import LookupProposer
 from drafter_service.service import SERVICE_NAMES, DrafterService
 from outrider.kv_blocks import BlockPool
 from outrider.registry import HeldBlocks, WorkerRecord, published, published_blocks
@@ -27,7 +28,7 @@ async def serve(config: DrafterConfig) -> None:
     # One thread for loading and stepping; outrider.model.threads says why.
     thread = ThreadPoolExecutor(1, thread_name_prefix="proposer")
     loop = asyncio.get_running_loop()
-    proposer, pool = await loop.run_in_executor(thread, _proposer, config)
+    proposer, pool = await loop.run_in_executor(thread, make_proposer, config)
     info = proposer.info
     _log.info("proposer %s, model %s", info.proposer, info.model)
     incarnation = secrets.token_hex(16)
@@ -36,10 +37,12 @@ async def serve(config: DrafterConfig) -> None:
     )
     grower = Grower(proposer, config.growing, service.emit)
     service.attach(grower)
+    del proposer  # which a swap shall free
     blocks = HeldBlocks()
     if config.redis_url is not None and pool is not None:
         pool.listener = blocks
     grower.start(thread)
+    _swap_at_hangup(config, grower, service, pool, blocks)
     server = Server(
         SERVICE_NAMES,
         host=config.host,
@@ -55,8 +58,8 @@ async def serve(config: DrafterConfig) -> None:
             worker=config.worker_id,
             incarnation=incarnation,
             address=config.advertise or address,
-            model=info.model,
-            model_fingerprint=info.model_fingerprint,
+            model=service.info.model,
+            model_fingerprint=service.info.model_fingerprint,
             capacity=config.growing.sessions_max,
             load=grower.load,
             state="draining" if service.draining else "ready",
@@ -87,22 +90,36 @@ async def serve(config: DrafterConfig) -> None:
         grower.stop()
 
 
-def _proposer(config: DrafterConfig) -> tuple[Proposer, BlockPool | None]:
-    """Return what guesses, and the books of its KV if it has any."""
-    if config.proposer == "lookup" or config.model is None:
-        return LookupProposer(), None
-    # Imported only here: a lookup drafter runs without torch.
-    from drafter_service.proposers.language_model import load_language_model_proposer
+def _swap_at_hangup(
+    config: DrafterConfig,
+    grower: Grower,
+    service: DrafterService,
+    pool: BlockPool | None,
+    blocks: HeldBlocks,
+) -> None:
+    """Have SIGHUP load what the settings name anew: other weights, or another corpus."""
+    pools = [pool]
 
-    proposer = load_language_model_proposer(
-        config.model,
-        dtype=config.dtype,
-        quantize=config.quantize,
-        device=config.device,
-        compiled=config.compiled,
-        cache_dir=config.cache_dir,
-        threads=config.threads,
-        leaves_max=config.leaves_max,
-        kv_tokens_max=config.kv_tokens_max,
-    )
-    return proposer, proposer.blocks
+    def make() -> Proposer:
+        # On the growing thread, which is silent meanwhile; outrider.model.threads says why.
+        proposer, new = make_proposer(config)
+        pools.append(new)
+        return proposer
+
+    def swapped(proposer: Proposer) -> None:
+        old, new = pools[0], pools[-1]
+        pools[:] = [new]
+        if old is not None:
+            old.listener = None
+        for digest in blocks.everything():
+            blocks.dropped(digest)
+        if new is not None and config.redis_url is not None:
+            new.listener = blocks
+        service.swapped(proposer.info)
+
+    def swap() -> None:
+        _log.info("asked to swap: loading what %s guesses with anew", config.proposer)
+        grower.submit(Swap(make, swapped))
+
+    if hasattr(signal, "SIGHUP"):
+        asyncio.get_running_loop().add_signal_handler(signal.SIGHUP, swap)

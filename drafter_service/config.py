@@ -6,6 +6,29 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from outrider.config import Device, Dtype, Quantize, Tls
+from outrider.errors import ConfigError
+
+LANGUAGE_MODEL = "language-model"
+PROPOSERS = ("lookup", "datastore", "recycling", LANGUAGE_MODEL)
+"""What can guess, from cheap to dear."""
+_CASCADE = "cascade:"
+
+
+def stages_of(proposer: str) -> tuple[str, ...]:
+    """Names of the proposers that a setting stands for, in order. Raises `ConfigError`."""
+    names = tuple(name.strip() for name in proposer.removeprefix(_CASCADE).split(","))
+    known = ", ".join(PROPOSERS)
+    unknown = [name for name in names if name not in PROPOSERS]
+    if unknown:
+        raise ConfigError(f"unknown proposer {unknown[0]!r}; there are {known}")
+    if proposer.startswith(_CASCADE):
+        if len(names) < 2 or len(set(names)) < len(names):
+            raise ConfigError(f"a cascade has two or more different proposers of {known}")
+        if LANGUAGE_MODEL in names[:-1]:
+            raise ConfigError("the language model comes last in a cascade: the others spare it")
+    elif len(names) > 1:
+        raise ConfigError(f"several proposers are a cascade: {_CASCADE}{','.join(names)}")
+    return names
 
 
 @dataclass(frozen=True)
@@ -26,7 +49,7 @@ class DrafterConfig:
     """Everything a drafter process needs to know."""
 
     proposer: str
-    """"lookup" or "language-model"."""
+    """One of `PROPOSERS`, or several as in "cascade:lookup,language-model"."""
     model: str | None
     dtype: Dtype
     quantize: Quantize
@@ -37,6 +60,10 @@ class DrafterConfig:
     leaves_max: int
     kv_tokens_max: int | None
     """KV budget of a draft model in tokens; None: what the machine has room for."""
+    datastore: Path | None
+    """Corpus that the datastore proposer guesses from."""
+    cascade_tokens: float
+    """Expected tokens of guesses from which on a cascade spares its later stages."""
     host: str
     port: int
     advertise: str | None

@@ -14,7 +14,7 @@ import logging
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, replace
 
 from drafter_service.config import GrowingConfig
 from drafter_service.messages import (
@@ -28,7 +28,7 @@ from drafter_service.messages import (
     Unbind,
 )
 from drafter_service.mirror import GapError, Mirror
-from drafter_service.proposers.base import Proposer
+from drafter_service.proposers.base import CandidateTaker, Proposer
 from outrider.domain import (
     BindSpec,
     Commit,
@@ -38,6 +38,7 @@ from outrider.domain import (
     RejectionCode,
     Resync,
 )
+from outrider.errors import ConfigError
 from outrider.serving.queues import Inbox
 
 _IDLE_WAIT_S = 0.5
@@ -46,6 +47,16 @@ _STEP_SHARE = 1.0 / 16.0
 """Of the latest step in the average of their durations."""
 
 _log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, slots=True)
+class Swap:
+    """Guess with another proposer from now on; sessions stay."""
+
+    make: Callable[[], Proposer]
+    """Makes it, on the growing thread; if it raises, or it does not fit, the old one goes on."""
+    swapped: Callable[[Proposer], None]
+    """Is told of it, on that thread, before it guesses anything."""
 
 
 class Grower:
@@ -59,9 +70,10 @@ class Grower:
     ) -> None:
         self.steps = 0
         self._proposer = proposer
+        self._taker = proposer if isinstance(proposer, CandidateTaker) else None
         self._config = config
         self._emit = emit
-        self._inbox: Inbox[Command] = Inbox(droppable_max=0)
+        self._inbox: Inbox[Command | Swap] = Inbox(droppable_max=0)
         self._mirrors: dict[tuple[int, int], Mirror] = {}
         self._outputs: dict[int, Outputs] = {}
         self._draining = False
@@ -79,7 +91,7 @@ class Grower:
         self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="grow")
         self._ended_run = self._thread.submit(self._run)
 
-    def submit(self, command: Command) -> None:
+    def submit(self, command: Command | Swap) -> None:
         """Queue a command."""
         self._inbox.put(command)
 
@@ -151,14 +163,14 @@ class Grower:
     def _to(self, connection: int) -> Outputs:
         return self._outputs.setdefault(connection, Outputs())
 
-    def _apply(self, command: Command) -> None:
+    def _apply(self, command: Command | Swap) -> None:
         match command:
             case Bind(connection, spec):
                 self._bind(connection, spec)
-            case Follow(connection, session, commit):
+            case Follow(connection, session):
                 mirror = self._mirrors.get((connection, session))
-                if mirror is not None and commit is not None:
-                    self._follow(mirror, commit)
+                if mirror is not None:
+                    self._hear(mirror, command)
             case SetBudget(connection, session, binding, budget):
                 mirror = self._mirrors.get((connection, session))
                 if mirror is not None and mirror.spec.binding == binding:
@@ -168,11 +180,42 @@ class Grower:
                 if mirror is not None and mirror.spec.binding <= binding:
                     self._close(mirror)
             case Disconnect(connection):
-                for mirror in list(self._mirrors.values()):
-                    if mirror.connection == connection:
-                        self._close(mirror)
+                self._disconnect(connection)
             case Drain():
                 self._draining = True
+            case Swap():
+                self._swap(command)
+
+    def _disconnect(self, connection: int) -> None:
+        for mirror in list(self._mirrors.values()):
+            if mirror.connection == connection:
+                self._close(mirror)
+
+    def _swap(self, command: Swap) -> None:
+        """Go on with another proposer; whatever is wrong with it, sessions keep the old one."""
+        old = self._proposer
+        try:
+            new = command.make()
+            wanted, found = old.info.tokenizer_fingerprint, new.info.tokenizer_fingerprint
+            if wanted != found:
+                raise ConfigError("it has another tokenizer; start a drafter of its own with it")
+        except Exception as error:
+            _log.error("the old version goes on, since the new one cannot be used: %s", error)
+            return
+        mirrors = list(self._mirrors.values())
+        for mirror in mirrors:
+            self._free(mirror)
+        self._proposer = new
+        self._taker = new if isinstance(new, CandidateTaker) else None
+        self._step, self._step_s = None, 0.0
+        command.swapped(new)
+        for mirror in mirrors:
+            mirror.restart(self._vocabulary_size(mirror.spec))
+            try:
+                new.open(mirror)
+            except Exception:
+                self._give_up(mirror)
+        _log.info("swapped: %s, version %s", new.info.model, new.info.model_fingerprint[:12])
 
     def _bind(self, connection: int, spec: BindSpec) -> None:
         known = self._mirrors.get((connection, spec.session))
@@ -184,7 +227,9 @@ class Grower:
         if fault is not None:
             self._to(connection).rejections.append(fault)
             return
-        mirror = Mirror(connection, replace(spec, budget=self._bounded(spec.budget)))
+        size = self._vocabulary_size(spec)
+        spec = replace(spec, budget=self._bounded(spec.budget), vocabulary_size=size)
+        mirror = Mirror(connection, spec)
         self._mirrors[mirror.key] = mirror
         try:
             self._proposer.open(mirror)
@@ -218,11 +263,14 @@ class Grower:
 
     def _wrong_id(self, spec: BindSpec, tokens: Sequence[int]) -> str | None:
         """Name an id that target or proposer does not know: it would break everybody's step."""
-        size = spec.vocabulary_size
-        if self._proposer.info.vocabulary_size:
-            size = min(size, self._proposer.info.vocabulary_size)
+        size = self._vocabulary_size(spec)
         wrong = next((token for token in tokens if not 0 <= token < size), None)
         return None if wrong is None else f"id {wrong} is outside the vocabulary of {size}"
+
+    def _vocabulary_size(self, spec: BindSpec) -> int:
+        """Ids that target and proposer both know; 0 is a proposer's that takes any."""
+        own = self._proposer.info.vocabulary_size
+        return min(spec.vocabulary_size, own) if own else spec.vocabulary_size
 
     def _bounded(self, budget: DraftBudget) -> DraftBudget:
         return replace(
@@ -230,6 +278,12 @@ class Grower:
             nodes_max=min(budget.nodes_max, self._config.nodes_max),
             depth_max=min(budget.depth_max, self._config.depth_max),
         )
+
+    def _hear(self, mirror: Mirror, news: Follow) -> None:
+        if news.candidates is not None and self._taker is not None:
+            self._taker.take(mirror, news.candidates)
+        if news.commit is not None:
+            self._follow(mirror, news.commit)
 
     def _follow(self, mirror: Mirror, commit: Commit) -> None:
         if commit.epoch != mirror.spec.epoch:
@@ -279,6 +333,9 @@ class Grower:
 
     def _close(self, mirror: Mirror) -> None:
         del self._mirrors[mirror.key]
+        self._free(mirror)
+
+    def _free(self, mirror: Mirror) -> None:
         try:
             self._proposer.close(mirror)
         except Exception:

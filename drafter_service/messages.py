@@ -7,10 +7,12 @@ from typing import TypeAlias
 
 from outrider.domain import (
     BindSpec,
+    Candidates,
     Commit,
     Draft,
     DraftBudget,
     GrowReport,
+    ModelInfo,
     Rejection,
     Resync,
 )
@@ -31,6 +33,8 @@ class Follow:
     connection: int
     session: int
     commit: Commit | None
+    candidates: Candidates | None = None
+    """Of the step that made it, if this drafter asks for them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,3 +82,5 @@ class Outputs:
     """(session, binding, draft)"""
     resyncs: list[Resync] = field(default_factory=list)
     step: GrowReport | None = None
+    swapped: ModelInfo | None = None
+    """What guesses from now on."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from dataclasses import replace
 from itertools import islice
 
 from outrider.committed import CommittedLog
@@ -12,8 +13,6 @@ from outrider.draft_tree import Advance, DraftTree, Node, subtree_draft
 
 _PROBABILITY_MIN = 1e-30
 """Of a path, whatever a budget says."""
-_OWN = 1
-"""Source number of a drafter's nodes in its own tree; the orchestrator gives the real one."""
 
 
 class GapError(Exception):
@@ -28,12 +27,12 @@ class Mirror:
         self.spec = spec
         self.budget: DraftBudget = spec.budget
         self.log = CommittedLog((*spec.prompt, *spec.committed))
-        self.tree = DraftTree(
-            self.log.tip,
-            len(self.log),
-            nodes_max=spec.budget.nodes_max,
-            depth_max=spec.budget.depth_max,
-        )
+        self.tree = self._new_tree()
+        self.source = 1
+        """Number, within this tree, of the proposer that is guessing; the orchestrator numbers
+        whole drafters."""
+        self.reserved = 0
+        """Nodes that are kept free of its guesses, for another proposer."""
         self.fresh: list[Node] = []
         """Nodes that were attached since the last flush, or have become more probable."""
         self._later: list[Node] = []
@@ -48,15 +47,29 @@ class Mirror:
         """(connection, session)"""
         return self.connection, self.spec.session
 
+    def _new_tree(self) -> DraftTree:
+        budget = self.budget
+        return DraftTree(
+            self.log.tip, len(self.log), nodes_max=budget.nodes_max, depth_max=budget.depth_max
+        )
+
     def set_budget(self, budget: DraftBudget) -> None:
         """Take a new budget; nodes over it die out by themselves."""
         self.budget = budget
         self.tree.nodes_max, self.tree.depth_max = budget.nodes_max, budget.depth_max
 
+    def restart(self, vocabulary_size: int) -> None:
+        """Forget all guesses: another proposer goes on, which knows so many ids."""
+        self.spec = replace(self.spec, vocabulary_size=vocabulary_size)
+        self.tree = self._new_tree()
+        self.fresh = []
+        self._later = []
+        self.source, self.reserved = 1, 0
+
     @property
     def room(self) -> int:
         """Nodes that may still be attached."""
-        return self.budget.nodes_max - self.tree.size
+        return self.budget.nodes_max - self.tree.size - self.reserved
 
     def attach(self, parent: Node, token: int, accept_logprob: float) -> Node | None:
         """Guess `token` after `parent`; None if the budget or the vocabulary forbids it."""
@@ -65,7 +78,7 @@ class Mirror:
         known = parent.children.get(token)
         if known is None and self.room <= 0:
             return None
-        node = self.tree.add(parent, token, accept_logprob, _OWN)
+        node = self.tree.add(parent, token, accept_logprob, self.source)
         if node is not None and known is None:
             self.fresh.append(node)
         return node
@@ -74,7 +87,7 @@ class Mirror:
         """Guess different tokens (id, claim) after a node without guesses, as far as allowed."""
         size = self.spec.vocabulary_size
         allowed = islice((guess for guess in guesses if 0 <= guess[0] < size), max(0, self.room))
-        nodes = self.tree.sprout(parent, allowed, _OWN)
+        nodes = self.tree.sprout(parent, allowed, self.source)
         self.fresh += nodes
         return nodes
 

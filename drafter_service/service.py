@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from collections.abc import AsyncIterator
 from typing import Any
@@ -52,6 +53,17 @@ class DrafterService(
         """Name the grower that serves; it was built with `emit` as its callback."""
         self._grower = grower
 
+    def swapped(self, info: ModelInfo) -> None:
+        """Say on every stream that another version guesses; called by the growing thread."""
+        # The loop is gone when the process ends before its thread does.
+        with contextlib.suppress(RuntimeError):
+            self._loop.call_soon_threadsafe(self._announce, info)
+
+    def _announce(self, info: ModelInfo) -> None:
+        self._info = info
+        for mailbox in self._mailboxes.values():
+            mailbox.put(Outputs(swapped=info))
+
     @property
     def _attached(self) -> Grower:
         assert self._grower is not None, "attach() comes before serving"
@@ -95,7 +107,9 @@ class DrafterService(
                 )
                 mailbox.put(Outputs(rejections=[rejection]))
         for row in request.commits:
-            grower.submit(Follow(connection, row.session, wire.commit_from_bytes(row.commit)))
+            commit = wire.commit_from_bytes(row.commit)
+            candidates = wire.candidates_from_bytes(row.candidates)
+            grower.submit(Follow(connection, row.session, commit, candidates))
         for update in request.budgets:
             try:
                 budget = wire.budget_from_pb(update.budget)
@@ -123,6 +137,8 @@ def _response(batch: list[Outputs | None], draining: bool) -> _Response:
                 )
             )
         response.resyncs.extend(wire.resync_to_pb(resync) for resync in output.resyncs)
+        if output.swapped is not None:
+            response.swapped.CopyFrom(wire.model_info_to_pb(output.swapped))
         if output.step is not None:
             response.step.CopyFrom(wire.grow_report_to_pb(output.step))
     return response

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from orchestrator.budgets import budget_of, changed
 from orchestrator.fleet import Fleet
 from orchestrator.generation import Running
@@ -50,7 +52,10 @@ class Dispatch:
         match command:
             case OpenOnVerifier(spec):
                 verifier.sessions.add(number)
-                verifier.open(spec)
+                wanted = session.drafters_wanted and self._fleet.candidates_wanted(
+                    running.generation.info
+                )
+                verifier.open(replace(spec, candidates=wanted) if wanted else spec)
                 if running.follower is not None:
                     running.follower.reopened()
                     self.predict(running)
@@ -66,7 +71,7 @@ class Dispatch:
         for binding in command.bindings:
             drafter = self._fleet.drafters.get(running.session.bindings.get(binding, ""))
             if drafter is not None:
-                drafter.commit(running.number, data)
+                drafter.commit(running.number, data, running.candidates)
 
     def predict(self, running: Running) -> None:
         """Offer guesses from the client's predicted output, if there are new ones."""

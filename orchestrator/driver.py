@@ -373,6 +373,7 @@ class Driver:
                 continue
             self._count(running, now_s, len(commit.tokens))
             running.heard(now_s, commit_bytes, commit)
+            running.candidates = batch.candidates.get(number, b"")
             if running.trace is not None:
                 offset_s = link.clock_offset_s
                 running.trace.committed(now_s, link.address, offset_s, batch.step, commit, report)
@@ -617,7 +618,8 @@ class Driver:
             case Finish():
                 total_s = time.monotonic() - generation.started_s
                 first_s = running.first_token_s or total_s
-                trace = running.trace.to_json() if running.trace is not None else b""
+                proposers = self._fleet.proposers(command.counters.verified_by_source)
+                trace = running.trace.to_json(proposers) if running.trace is not None else b""
                 ending = Ending(
                     running.choice,
                     command,
@@ -626,6 +628,7 @@ class Driver:
                     trace,
                     running.steps_by_accepted,
                     self._use_of(running, command),
+                    proposers,
                 )
                 generation.say(ending)
                 self.meters.total_s.observe(total_s)

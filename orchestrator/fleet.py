@@ -21,12 +21,15 @@ from orchestrator.workers import (
     VerifierLink,
 )
 from outrider.config import Tls
-from outrider.domain import TARGET_SOURCE, ModelInfo
+from outrider.domain import CANDIDATES_MAX, TARGET_SOURCE, ModelInfo
 from outrider.errors import Mismatch
 from outrider.registry import WorkerRecord
 
 SHORTLIST_MAX = 16
 """Workers of a role that are weighed for a session, beside those that hold its beginning."""
+
+GUESSERS_MAX = 65_536
+"""Source numbers whose meaning is remembered."""
 
 _ADDRESSES_S = 1.0
 LinkT = TypeVar("LinkT", VerifierLink, DrafterLink)
@@ -42,6 +45,16 @@ class Listener:
     verifier_batch: Callable[[VerifierLink, VerifierBatch], None]
     drafter_changed: Callable[[DrafterLink], None]
     drafter_batch: Callable[[DrafterLink, DrafterBatch], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Guesser:
+    """What is behind a source number."""
+
+    proposer: str
+    """Such as "lookup"; "prediction" is what clients predict."""
+    version: str
+    """Fingerprint of the weights, or of whatever else it guesses with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +108,8 @@ class Fleet:
         self.drafters: dict[str, DrafterLink] = {}
         self._sources = itertools.count(TARGET_SOURCE + 1)
         self._prediction_source: int | None = None
+        self._guessers: dict[int, Guesser] = {}
+        """By source number, those of drafters that are gone too."""
         self._codecs: dict[str, TextCodec] = {}
         self._listener: Listener | None = None
         self._elsewhere: dict[str, Elsewhere] = {}
@@ -145,7 +160,7 @@ class Fleet:
                 self._name,
                 source=next(self._sources),
                 timeout_s=self._worker_timeout_s,
-                on_change=self._listener.drafter_changed,
+                on_change=self._drafter_changed,
                 on_batch=self._listener.drafter_batch,
                 tls=self._tls,
             )
@@ -153,6 +168,19 @@ class Fleet:
             drafter.start()
         self._forget_lost(self.verifiers, wanted_verifiers)
         self._forget_lost(self.drafters, wanted_drafters)
+
+    def _drafter_changed(self, link: DrafterLink) -> None:
+        """Take note of what guesses under a drafter's number before anybody is told."""
+        assert self._listener is not None, "start() comes first"
+        if link.state is LinkState.READY and link.info is not None:
+            guesser = Guesser(link.info.proposer, link.info.model_fingerprint)
+            if self._guessers.setdefault(link.source, guesser) != guesser:
+                # Another guesser is another source: nothing that was learnt of the old one holds.
+                link.source, link.gain = next(self._sources), None
+                self._guessers[link.source] = guesser
+                if len(self._guessers) > GUESSERS_MAX:
+                    del self._guessers[next(iter(self._guessers))]
+        self._listener.drafter_changed(link)
 
     def _forget_lost(
         self,
@@ -194,12 +222,23 @@ class Fleet:
         """Source number of what clients predict; one for all, as if it were one drafter."""
         if self._prediction_source is None:
             self._prediction_source = next(self._sources)
+            self._guessers[self._prediction_source] = Guesser("prediction", "")
         return self._prediction_source
 
     @property
     def known_prediction_source(self) -> int | None:
         """The same, or None if no client has predicted anything yet."""
         return self._prediction_source
+
+    @property
+    def guessers(self) -> Mapping[int, Guesser]:
+        """What guesses, or has guessed, under each source number."""
+        return self._guessers
+
+    def proposers(self, sources: Iterable[int]) -> dict[int, str]:
+        """Name what guesses under source numbers, for people; unknown ones are left out."""
+        known = self._guessers
+        return {source: known[source].proposer for source in sources if source in known}
 
     def _seen_elsewhere(
         self, record: WorkerRecord, link: VerifierLink | DrafterLink | None
@@ -283,6 +322,18 @@ class Fleet:
                 if link.info is not None and link.info.tokenizer_fingerprint is not None
             }
         )
+
+    def candidates_wanted(self, target: ModelInfo) -> int:
+        """How many of a target's candidates any drafter that fits it asks for; 0: none."""
+        asked = (
+            link.info.candidates
+            for link in self.drafters.values()
+            if link.info is not None
+            and link.info.candidates
+            and link.state is LinkState.READY
+            and pairing_fault(target, link.info) is None
+        )
+        return min(CANDIDATES_MAX, max(asked, default=0))
 
     def _view(
         self, link: VerifierLink | DrafterLink, held_tokens: Mapping[str, int]

@@ -7,7 +7,7 @@ whatever the number of its choices.
 from __future__ import annotations
 
 import itertools
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -51,6 +51,8 @@ class Ending:
     steps_by_accepted: tuple[int, ...] = ()
     """How many verify steps accepted 0, 1, 2, ... guesses."""
     predicted: PredictionUse = field(default_factory=lambda: PredictionUse(0, 0))
+    proposers: Mapping[int, str] = field(default_factory=dict)
+    """What guesses under each source number whose guesses were verified."""
 
 
 Output: TypeAlias = DeliverPrompt | Delivery | Ending | OutriderError
@@ -81,6 +83,8 @@ class Running:
     """Since when it has waited for a verifier that takes it over."""
     commit_bytes: bytes = b""
     """The commit under way, as it came."""
+    candidates: bytes = b""
+    """The target's, of the same step, if any drafter asked for them; as they came."""
     follower: Follower | None = None
     """Guesses from the client's predicted output, if there is one."""
     steps_by_tokens: dict[int, int] = field(default_factory=dict)

@@ -245,5 +245,6 @@ def _response(output: DeliverPrompt | Delivery | Ending, prompt_tokens: int) -> 
                     ),
                     choice=choice,
                     trace=output.trace,
+                    proposers=output.proposers,
                 )
             )

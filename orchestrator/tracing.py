@@ -8,6 +8,7 @@ and ui.perfetto.dev read: microseconds, complete events ("X") and instants ("i")
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,8 +108,8 @@ class SessionTrace:
         event = {"name": name, "ph": phase, "ts": at_us, "pid": number, "tid": 1, "args": args}
         self._events.append(event | more)
 
-    def to_json(self) -> bytes:
-        """Return the trace as a JSON object in UTF-8."""
+    def to_json(self, proposers: Mapping[int, str]) -> bytes:
+        """Return the trace as a JSON object in UTF-8; `proposers` names the sources in it."""
         names = [
             {"name": "process_name", "ph": "M", "pid": number, "tid": 1, "args": {"name": lane}}
             for lane, number in self._lanes.items()
@@ -116,6 +117,6 @@ class SessionTrace:
         trace = {
             "displayTimeUnit": "ms",
             "traceEvents": names + self._events,
-            "otherData": {"cut": self.cut},
+            "otherData": {"cut": self.cut, "sources": {**proposers}},
         }
         return json.dumps(trace, separators=(",", ":")).encode()

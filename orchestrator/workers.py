@@ -15,7 +15,7 @@ import logging
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Generic, TypeVar
 
 import grpc.aio
@@ -86,6 +86,8 @@ class VerifierBatch:
     """(session, the commit as it came, the same decoded, report)"""
     prompt_logprobs: list[PromptLogprobs]
     step: StepReport | None = None
+    candidates: dict[int, bytes] = field(default_factory=dict)
+    """What came with the commits of sessions that were opened with candidates, as it came."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,12 +381,15 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
 
     def _receive(self, response: verifier_pb2.VerifyResponse) -> None:
         commits: list[tuple[int, bytes, Commit, wire.RelayedReport]] = []
+        candidates: dict[int, bytes] = {}
         for row in response.commits:
             data = row.commit
             commit = wire.commit_from_bytes(data)
             if commit is not None:
                 report = wire.relayed_report_from_pb(row.report)
                 commits.append((row.session, data, commit, report))
+                if row.candidates:
+                    candidates[row.session] = row.candidates
         self._on_batch(
             self,
             VerifierBatch(
@@ -393,6 +398,7 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
                 commits,
                 [wire.prompt_logprobs_from_pb(piece) for piece in response.prompt_logprobs],
                 wire.step_report_from_pb(response.step) if response.HasField("step") else None,
+                candidates,
             ),
         )
 
@@ -418,7 +424,8 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
     ) -> None:
         super().__init__(address, orchestrator, timeout_s, tls)
         self.source = source
-        """Number under which its guesses go; no other drafter of this orchestrator has it."""
+        """Number under which its guesses go; no other drafter of this orchestrator has it. Another
+        one is given by the fleet when something else guesses there."""
         self.grow: GrowReport | None = None
         """Of its last growing step; kept by the driver."""
         self.gain: float | None = None
@@ -430,10 +437,12 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
         self._pending.binds.append(wire.bind_to_pb(spec))
         self._wake.set()
 
-    def commit(self, session: int, commit: bytes) -> None:
-        """Queue a commit."""
+    def commit(self, session: int, commit: bytes, candidates: bytes = b"") -> None:
+        """Queue a commit, and the step's candidates if the drafter asks for any."""
         row = self._pending.commits.add()
         row.session, row.commit = session, commit
+        if candidates and self.info is not None and self.info.candidates:
+            row.candidates = candidates
         self._wake.set()
 
     def learn_gain(self, gain: float) -> None:
@@ -476,6 +485,10 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
         return None
 
     def _receive(self, response: drafter_pb2.ProposeResponse) -> None:
+        if response.HasField("swapped"):
+            self.info = wire.model_info_from_pb(response.swapped)
+            _log.info("drafter %s has another version: %s", self.address, self.info.model)
+            self._changed()
         self._on_batch(
             self,
             DrafterBatch(

@@ -274,9 +274,13 @@ def _summary(finished: Finished) -> str:
     counters = finished.speculation
     tokens = finished.usage.completion_tokens
     tau = tokens / max(1, counters.verify_steps)
+    won = "".join(
+        f", {accepted} of {verified} guesses by {name} right"
+        for name, (verified, accepted) in finished.by_proposer.items()
+    )
     return (
         f"[{finished.reason.value}; {tokens} tokens in {finished.total_s:.2f} s, "
-        f"{counters.verify_steps} verify steps, tau {tau:.2f}]"
+        f"{counters.verify_steps} verify steps, tau {tau:.2f}{won}]"
     )
 
 
@@ -302,6 +306,10 @@ def _as_json(completion: Completion, request: Request) -> dict[str, Any]:
             "received_draft_tokens": counters.received_draft_tokens,
             "dropped_drafts": dict(counters.dropped_drafts),
             "dropped_nodes": dict(counters.dropped_nodes),
+            "proposers": {
+                name: {"verified_draft_tokens": verified, "accepted_draft_tokens": accepted}
+                for name, (verified, accepted) in finished.by_proposer.items()
+            },
         },
         "first_token_s": finished.first_token_s,
         "total_s": finished.total_s,

@@ -28,6 +28,7 @@ PENALTY_MAX = 2.0
 LOGIT_BIAS_MAX = 100.0
 LOGIT_BIASES_MAX = 1_024
 LOGPROBS_MAX = 20
+CANDIDATES_MAX = 32
 GRAMMAR_BYTES_MAX = 1 << 16
 CACHE_SALT_BYTES_MAX = 256
 
@@ -169,6 +170,8 @@ class ModelInfo:
     eos_ids: tuple[int, ...] = ()
     proposer: str = ""
     protocol_version: int = PROTOCOL_VERSION
+    candidates: int = 0
+    """Of the target, that a drafter asks for at each verified node."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,6 +211,8 @@ class SpeculationCounters:
     dropped_drafts: Mapping[str, int] = field(default_factory=dict)
     dropped_nodes: Mapping[str, int] = field(default_factory=dict)
     accepted_by_source: Mapping[int, int] = field(default_factory=dict)
+    """A node counts for the source that proposed it first."""
+    verified_by_source: Mapping[int, int] = field(default_factory=dict)
 
     @property
     def acceptance_rate(self) -> float:
@@ -226,6 +231,7 @@ class SpeculationCounters:
             Counter(self.dropped_drafts) + Counter(other.dropped_drafts),
             Counter(self.dropped_nodes) + Counter(other.dropped_nodes),
             Counter(self.accepted_by_source) + Counter(other.accepted_by_source),
+            Counter(self.verified_by_source) + Counter(other.verified_by_source),
         )
 
 
@@ -237,6 +243,17 @@ class TokenLogprobs:
     logprob: float
     top: tuple[tuple[int, float], ...] = ()
     """(id, log-probability), best first, equal ones by id; as many as were asked for."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidates:
+    """What the target thinks most probable after each node that a step computed for a session.
+
+    `tops[i]` are ids that may follow `tokens[i]`, most probable first; all have the same length.
+    """
+
+    tokens: tuple[int, ...]
+    tops: tuple[tuple[int, ...], ...]
 
 
 @dataclass(frozen=True, slots=True)
@@ -280,8 +297,14 @@ class SessionSpec:
     """The same for the prompt's tokens."""
     cache_salt: str = ""
     """Sessions share KV of equal prefixes only within one salt."""
+    candidates: int = 0
+    """Of the target, that drafters want to know at each verified node."""
 
     def __post_init__(self) -> None:
+        if not 0 <= self.candidates <= CANDIDATES_MAX:
+            raise InvalidRequest(
+                "candidates", f"must lie between 0 and {CANDIDATES_MAX}, got {self.candidates}"
+            )
         for name in ("logprobs", "prompt_logprobs"):
             count = getattr(self, name)
             if count is not None and not 0 <= count <= LOGPROBS_MAX:

@@ -14,6 +14,7 @@ from google.protobuf.message import DecodeError
 from outrider.domain import (
     PROTOCOL_VERSION,
     BindSpec,
+    Candidates,
     Commit,
     CommitReport,
     Draft,
@@ -106,6 +107,29 @@ def commit_from_bytes(data: bytes) -> Commit | None:
         return None
     # Sliced, since copying a repeated field at once is twice as fast as iterating over it.
     return Commit(message.epoch, message.base_length, tuple(message.tokens[:]), message.last)
+
+
+def candidates_to_bytes(candidates: Candidates) -> bytes:
+    """Serialize a step's candidates, to be relayed unread."""
+    return types_pb2.Candidates(
+        tokens=candidates.tokens, top_ids=[top for tops in candidates.tops for top in tops]
+    ).SerializeToString()
+
+
+def candidates_from_bytes(data: bytes) -> Candidates | None:
+    """Parse a step's candidates; None if there are none, or the bytes are not candidates."""
+    if not data:
+        return None
+    try:
+        message = types_pb2.Candidates.FromString(data)
+    except DecodeError:
+        return None
+    tokens, tops = tuple(message.tokens[:]), tuple(message.top_ids[:])
+    if not tokens or len(tops) % len(tokens):
+        return None
+    width = len(tops) // len(tokens)
+    rows = tuple(tops[at * width : (at + 1) * width] for at in range(len(tokens)))
+    return Candidates(tokens, rows)
 
 
 def report_to_pb(report: CommitReport) -> types_pb2.CommitReport:
@@ -213,6 +237,7 @@ def counters_to_pb(counters: SpeculationCounters) -> types_pb2.SpeculationCounte
         dropped_drafts=counters.dropped_drafts,
         dropped_nodes=counters.dropped_nodes,
         accepted_by_source=counters.accepted_by_source,
+        verified_by_source=counters.verified_by_source,
     )
 
 
@@ -226,6 +251,7 @@ def counters_from_pb(message: types_pb2.SpeculationCounters) -> SpeculationCount
         dict(message.dropped_drafts),
         dict(message.dropped_nodes),
         dict(message.accepted_by_source),
+        dict(message.verified_by_source),
     )
 
 
@@ -240,6 +266,7 @@ def model_info_to_pb(info: ModelInfo) -> types_pb2.ModelInfo:
         eos_ids=info.eos_ids,
         dtype=info.dtype,
         proposer=info.proposer,
+        candidates=info.candidates,
     )
     if info.tokenizer_fingerprint is not None:
         message.tokenizer_fingerprint = info.tokenizer_fingerprint
@@ -259,6 +286,7 @@ def model_info_from_pb(message: types_pb2.ModelInfo) -> ModelInfo:
         eos_ids=tuple(message.eos_ids),
         proposer=message.proposer,
         protocol_version=message.protocol_version,
+        candidates=message.candidates,
     )
 
 
@@ -419,6 +447,7 @@ def session_to_pb(spec: SessionSpec) -> verifier_pb2.OpenSession:
         logprobs=spec.logprobs,
         prompt_logprobs=spec.prompt_logprobs,
         cache_salt=spec.cache_salt,
+        candidates=spec.candidates,
     )
 
 
@@ -437,6 +466,7 @@ def session_from_pb(message: verifier_pb2.OpenSession) -> SessionSpec:
         logprobs=message.logprobs if message.HasField("logprobs") else None,
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         cache_salt=message.cache_salt,
+        candidates=message.candidates,
     )
 
 

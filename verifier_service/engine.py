@@ -49,7 +49,12 @@ from verifier_service.messages import (
     Repeat,
 )
 from verifier_service.planning import Planner, RowPlan, Seat, kv_read
-from verifier_service.sampling_step import Sampled, committed_logprobs, sample_rows
+from verifier_service.sampling_step import (
+    Sampled,
+    candidates_of,
+    committed_logprobs,
+    sample_rows,
+)
 from verifier_service.session import Session
 from verifier_service.step_times import StepTimes
 
@@ -437,6 +442,7 @@ class Engine:
             seat = row.plan.seat
             try:
                 self._report_prompt(row)
+                self._report_candidates(row)
                 if verdict is not None:
                     self._commit(row.plan, verdict, scores)
                 seat.session.cache.publish(seat.session.log.tokens)
@@ -471,6 +477,13 @@ class Engine:
             PromptLogprobs(spec.session, spec.epoch, decider.prompt_scored, row.prompt_logprobs)
         )
         decider.prompt_scored += len(row.prompt_logprobs)
+
+    def _report_candidates(self, row: Sampled) -> None:
+        candidates = candidates_of(row)
+        if candidates is not None:
+            session = row.plan.seat.session
+            number = session.spec.session
+            self._to(session.connection).candidates[number] = candidates
 
     def _commit(self, plan: RowPlan, verdict: Verdict, logprobs: tuple[TokenLogprobs, ...]) -> None:
         session, nodes = plan.seat.session, plan.nodes

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from outrider.domain import (
+    Candidates,
     Commit,
     CommitReport,
     Draft,
@@ -75,6 +76,8 @@ class Outputs:
     """(session, epoch)"""
     rejections: list[Rejection] = field(default_factory=list)
     commits: list[tuple[int, Commit, CommitReport]] = field(default_factory=list)
+    candidates: dict[int, Candidates] = field(default_factory=dict)
+    """Of the step that made a session's commit, for sessions that asked for them."""
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     """Before the first commit of their sessions."""
     step: StepReport | None = None

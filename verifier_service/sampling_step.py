@@ -5,9 +5,14 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from outrider.domain import TokenLogprobs
+from outrider.domain import Candidates, TokenLogprobs
 from outrider.model.language_model import Logits
-from outrider.model.processing import NodeContext, process_logits, token_logprobs
+from outrider.model.processing import (
+    NodeContext,
+    process_logits,
+    token_logprobs,
+    top_candidates,
+)
 from outrider.model.sampling import sample_nodes
 from verifier_service.acceptance import Verdict
 from verifier_service.planning import RowPlan
@@ -76,6 +81,20 @@ def committed_logprobs(
         scores = token_logprobs(row.logits[nodes], verdict.tokens, [tops] * len(nodes))
         found.append(tuple(scores))
     return found
+
+
+def candidates_of(sampled: Sampled) -> Candidates | None:
+    """Return the target's candidates at every node of a row, or None if nobody asked for them.
+
+    They are the raw logits' (Token Recycling, arXiv 2408.08696): what a node's path and the
+    request make of them changes from one node to the next.
+    """
+    session = sampled.plan.seat.session
+    count = session.spec.candidates
+    if not count or not len(sampled.samples):
+        return None
+    tokens = (session.tree.root.token, *(node.token for node in sampled.plan.nodes))
+    return Candidates(tokens, tuple(top_candidates(sampled.logits, count)))
 
 
 def _prompt_logprobs(logits: Logits, plan: RowPlan) -> tuple[TokenLogprobs, ...]:

@@ -242,13 +242,15 @@ def _response(batch: list[Outputs | None], draining: bool) -> _Response:
             wire.prompt_logprobs_to_pb(piece) for piece in output.prompt_logprobs
         )
         for session, commit, report in output.commits:
-            response.commits.append(
-                types_pb2.CommitRow(
-                    session=session,
-                    commit=wire.commit_to_bytes(commit),
-                    report=wire.report_to_pb(report),
-                )
+            row = types_pb2.CommitRow(
+                session=session,
+                commit=wire.commit_to_bytes(commit),
+                report=wire.report_to_pb(report),
             )
+            candidates = output.candidates.get(session)
+            if candidates is not None:
+                row.candidates = wire.candidates_to_bytes(candidates)
+            response.commits.append(row)
         if output.step is not None:
             response.step.CopyFrom(wire.step_report_to_pb(output.step))
     return response

@@ -58,7 +58,7 @@ class Session:
         self._calibrations = calibrations or Calibrations()
         self._calibration_of: dict[int, SessionCalibration] = {}
         self._verify_steps = 0
-        self._verified = 0
+        self._verified: Counter[int] = Counter()
         self._received = 0
         self._passing_over: dict[int, int] = {}
         self._unread: Counter[str] = Counter()
@@ -162,7 +162,7 @@ class Session:
         """Make a verdict true; returns the source of each committed token."""
         accepted = [nodes[index] for index in verdict.accepted]
         self._verify_steps += 1
-        self._verified += len(nodes)
+        self._verified.update([node.owner for node in nodes])
         for node in accepted:
             self._accepted[node.owner] += 1
         sources = [node.owner for node in accepted[: len(verdict.tokens)]]
@@ -184,10 +184,11 @@ class Session:
         """A snapshot."""
         return SpeculationCounters(
             verify_steps=self._verify_steps,
-            verified_draft_tokens=self._verified,
+            verified_draft_tokens=self._verified.total(),
             accepted_draft_tokens=sum(self._accepted.values()),
             received_draft_tokens=self._received,
             dropped_drafts=dict(self._dropped_drafts + self._unread),
             dropped_nodes=dict(self._dropped_nodes),
             accepted_by_source=dict(self._accepted),
+            verified_by_source=dict(self._verified),
         )

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 from drafter_service.mirror import Mirror
-from outrider.domain import ModelInfo
+from outrider.domain import Candidates, ModelInfo
 from outrider.draft_tree import Advance
 
 
@@ -43,5 +43,17 @@ class Proposer(Protocol):
         """Do one step over all sessions, attaching guesses with `mirror.attach`.
 
         Returns False if nothing is left to do before the next commit.
+        """
+        ...
+
+
+@runtime_checkable
+class CandidateTaker(Protocol):
+    """A proposer that learns from the target's candidates; its `info` says how many it wants."""
+
+    def take(self, mirror: Mirror, candidates: Candidates) -> None:
+        """Take in what a step computed for a session, before the step's commit is followed.
+
+        Some may be missing, and ids are not checked: they may be outside the vocabulary.
         """
         ...

@@ -6,6 +6,7 @@ Each help text is the question that the metric answers. Nothing here runs on the
 from __future__ import annotations
 
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, generate_latest
@@ -31,6 +32,8 @@ NAMES: Mapping[str, str] = {
     "rounds_total": "How many verify steps were taken, counted for each session in them?",
     "draft_tokens_total": "How many guesses were verified?",
     "accepted_tokens_total": "How many guesses were right? Over draft tokens: acceptance rate.",
+    "proposer_draft_tokens_total": "How many guesses of each proposer and version were verified?",
+    "proposer_accepted_tokens_total": "How many of them were right?",
     "accepted_tokens_per_position_total": "How deep do guesses stay right? Position 0 is next.",
     "received_draft_tokens_total": "How many guesses reached a verifier, verified or not?",
     "stale_proposals_total": "How many drafts were dropped whole, and why?",
@@ -53,6 +56,8 @@ NAMES: Mapping[str, str] = {
 }
 """What is exported, without the prefix; help texts."""
 PREFIX = "outrider_"
+VERSION_DIGITS = 12
+"""Of a fingerprint, which tell versions apart."""
 
 
 class Exposition(Collector):
@@ -111,6 +116,8 @@ class Exposition(Collector):
         yield _counter("draft_tokens_total", "", [("", drafted)])
         yield _counter("accepted_tokens_total", "", [("", counters.accepted_draft_tokens)])
         yield _counter("received_draft_tokens_total", "", [("", counters.received_draft_tokens)])
+        yield self._by_proposer("proposer_draft_tokens_total", counters.verified_by_source)
+        yield self._by_proposer("proposer_accepted_tokens_total", counters.accepted_by_source)
         positions = [(str(index), count) for index, count in enumerate(meters.accepted_at)]
         yield _counter("accepted_tokens_per_position_total", "position", positions)
         yield _counter("stale_proposals_total", "reason", counters.dropped_drafts.items())
@@ -124,6 +131,18 @@ class Exposition(Collector):
             family.add_metric((role, cause), count)
         yield family
         yield _gauge("speculation_length", [], [((), drafted / steps if steps else 0.0)])
+
+    def _by_proposer(self, name: str, by_source: Mapping[int, int]) -> Metric:
+        counts: Counter[tuple[str, str]] = Counter()
+        for source, guesser in self._fleet.guessers.items():
+            # All drafters of a kind together: a fleet may have thousands.
+            counts[guesser.proposer, guesser.version[:VERSION_DIGITS]] += by_source.get(source, 0)
+        family = CounterMetricFamily(
+            PREFIX + name.removesuffix("_total"), NAMES[name], labels=("proposer", "version")
+        )
+        for labels, count in counts.items():
+            family.add_metric(labels, count)
+        return family
 
     def _of_workers(self, counters: SpeculationCounters) -> Iterator[Metric]:
         meters, fleet = self._driver.meters, self._fleet

@@ -147,6 +147,7 @@ def event_from_pb(response: generation_pb2.GenerateResponse) -> Event:
                 finished.timings.total_s,
                 finished.choice,
                 finished.trace,
+                dict(finished.proposers),
             )
         case _:
             raise InternalError("the server sent an event that this client does not know")

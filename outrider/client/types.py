@@ -105,6 +105,19 @@ class Finished:
     choice: int = 0
     trace: bytes = b""
     """Timeline as a Chrome trace (JSON), if it was asked for."""
+    proposers: Mapping[int, str] = field(default_factory=dict)
+    """What guesses under each source number whose guesses were verified, such as "lookup"."""
+
+    @property
+    def by_proposer(self) -> dict[str, tuple[int, int]]:
+        """(verified, accepted) guesses of each kind of proposer; a guess counts for its first."""
+        found: dict[str, tuple[int, int]] = {}
+        for source, verified in self.speculation.verified_by_source.items():
+            name = self.proposers.get(source, "unknown")
+            accepted = self.speculation.accepted_by_source.get(source, 0)
+            before = found.get(name, (0, 0))
+            found[name] = before[0] + verified, before[1] + accepted
+        return found
 
 
 Event: TypeAlias = Started | PromptTokens | Delta | Finished

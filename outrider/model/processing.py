@@ -177,6 +177,16 @@ def token_logprobs(
     return results
 
 
+def top_candidates(logits: Tensor, count: int) -> list[tuple[int, ...]]:
+    """Return the `count` best ids of each row of `logits` [N, V], best first; NaN counts as -inf.
+
+    Equal ones are in any order: what this is for are guesses.
+    """
+    count = min(count, logits.shape[-1])
+    best = logits.nan_to_num(-math.inf, math.inf, -math.inf).topk(count).indices
+    return [tuple(row) for row in best.tolist()]
+
+
 # --- masks and bias ---------------------------------------------------------------------------
 
 

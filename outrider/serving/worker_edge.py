@@ -56,6 +56,11 @@ class WorkerEdge(worker_pb2_grpc.WorkerServiceServicer, abc.ABC, Generic[Request
     def _submit_drain(self) -> None: ...
 
     @property
+    def info(self) -> ModelInfo:
+        """Which model this worker runs."""
+        return self._info
+
+    @property
     def draining(self) -> bool:
         """True once nothing new is taken."""
         return self._draining

@@ -89,12 +89,12 @@ def test_seeds_out_of_range_are_refused(seed: int) -> None:
 
 
 def test_counters_of_two_spells_add_up() -> None:
-    first = SpeculationCounters(1, 2, 1, 4, {"digest": 1}, {"off_path": 2}, {1: 1})
+    first = SpeculationCounters(1, 2, 1, 4, {"digest": 1}, {"off_path": 2}, {1: 1}, {1: 2})
     second = SpeculationCounters(
-        10, 20, 15, 40, {"epoch": 3, "digest": 1}, {"off_path": 1}, {1: 5, 2: 10}
+        10, 20, 15, 40, {"epoch": 3, "digest": 1}, {"off_path": 1}, {1: 5, 2: 10}, {2: 20}
     )
     assert first.plus(second) == SpeculationCounters(
-        11, 22, 16, 44, {"digest": 2, "epoch": 3}, {"off_path": 3}, {1: 6, 2: 10}
+        11, 22, 16, 44, {"digest": 2, "epoch": 3}, {"off_path": 3}, {1: 6, 2: 10}, {1: 2, 2: 20}
     )
     assert first.plus(SpeculationCounters()) == first
 

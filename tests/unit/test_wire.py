@@ -10,8 +10,10 @@ from hypothesis import strategies as st
 
 from outrider import wire
 from outrider.domain import (
+    CANDIDATES_MAX,
     PROTOCOL_VERSION,
     BindSpec,
+    Candidates,
     Commit,
     CommitReport,
     Draft,
@@ -58,6 +60,14 @@ counters = st.builds(
     st.dictionaries(text, uint64, max_size=3),
     st.dictionaries(text, uint64, max_size=3),
     st.dictionaries(uint32, uint64, max_size=3),
+    st.dictionaries(uint32, uint64, max_size=3),
+)
+candidates = st.integers(0, 3).flatmap(
+    lambda width: st.lists(
+        st.tuples(uint32, st.lists(uint32, min_size=width, max_size=width).map(tuple)),
+        min_size=1,
+        max_size=4,
+    ).map(lambda rows: Candidates(tuple(t for t, _ in rows), tuple(tops for _, tops in rows)))
 )
 reports = st.builds(CommitReport, counters, token_ids, reasons)
 infos = st.builds(
@@ -71,6 +81,7 @@ infos = st.builds(
     eos_ids=token_ids,
     proposer=text,
     protocol_version=uint32,
+    candidates=uint32,
 )
 samplings = st.builds(
     SamplingParams,
@@ -101,6 +112,7 @@ sessions = st.builds(
     tokens_max=uint32,
     stop_ids=st.frozensets(uint32, max_size=4),
     ignore_eos=st.booleans(),
+    candidates=st.integers(0, CANDIDATES_MAX),
 )
 budgets = st.builds(
     DraftBudget,
@@ -267,11 +279,32 @@ GARBAGE = [
 def test_garbage_is_no_message(data: bytes) -> None:
     assert wire.draft_from_bytes(data) is None
     assert wire.commit_from_bytes(data) is None
+    assert wire.candidates_from_bytes(data) is None
+
+
+@thorough
+@given(candidates)
+def test_candidates_come_back(found: Candidates) -> None:
+    assert wire.candidates_from_bytes(wire.candidates_to_bytes(found)) == found
+
+
+def test_candidates_of_unequal_number_are_none() -> None:
+    cut = types_pb2.Candidates(tokens=[1, 2], top_ids=[3, 4, 5]).SerializeToString()
+    assert wire.candidates_from_bytes(cut) is None
+    assert wire.candidates_from_bytes(b"") is None
+
+
+def test_too_many_candidates_are_refused() -> None:
+    asked = verifier_pb2.OpenSession(prompt=[1], tokens_max=1, candidates=CANDIDATES_MAX + 1)
+    with pytest.raises(InvalidRequest) as raised:
+        wire.session_from_pb(asked)
+    assert raised.value.field == "candidates"
 
 
 @thorough
 @given(st.binary(max_size=40))
 def test_no_bytes_break_the_decoders(data: bytes) -> None:
+    wire.candidates_from_bytes(data)
     draft, commit = wire.draft_from_bytes(data), wire.commit_from_bytes(data)
     assert draft is None or all(0 <= token < 1 << 32 for token in draft.tokens)
     assert commit is None or 0 <= commit.base_length < 1 << 32

@@ -13,7 +13,7 @@ from dataclasses import replace
 import pytest
 
 from drafter_service.config import GrowingConfig
-from drafter_service.growing import Grower
+from drafter_service.growing import Grower, Swap
 from drafter_service.messages import (
     Bind,
     Disconnect,
@@ -27,6 +27,7 @@ from drafter_service.mirror import Mirror
 from outrider.committed import digest
 from outrider.domain import (
     BindSpec,
+    Candidates,
     Commit,
     Draft,
     DraftBudget,
@@ -36,6 +37,7 @@ from outrider.domain import (
     SamplingParams,
 )
 from outrider.draft_tree import Advance, Node, draft_fault
+from outrider.errors import ConfigError
 
 PATIENCE_S = 20.0
 """Nothing here takes this long unless it hangs."""
@@ -154,9 +156,8 @@ def spec(session: int = 1, binding: int = 1, **changes: object) -> BindSpec:
 
 
 @contextlib.contextmanager
-def driven(**config: object) -> Iterator[Driven]:
-    proposer = CountingProposer()
-    it = Driven(proposer, GrowingConfig(**config))  # type: ignore[arg-type]
+def driven(proposer: CountingProposer | None = None, **config: object) -> Iterator[Driven]:
+    it = Driven(proposer or CountingProposer(), GrowingConfig(**config))  # type: ignore[arg-type]
     it.grower.start()
     try:
         yield it
@@ -423,3 +424,119 @@ def test_stopping_ends_the_thread() -> None:
         it.grower.stop(PATIENCE_S)
         assert "grow" not in {thread.name for thread in threading.enumerate()}
         it.submit(Bind(1, spec(session=2)))
+
+
+# --- candidates -------------------------------------------------------------------------------
+
+
+class TakingProposer(CountingProposer):
+    """Notes what the target said."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.taken: list[tuple[tuple[int, int], Candidates, int]] = []
+
+    def take(self, mirror: Mirror, candidates: Candidates) -> None:
+        self._check("take")
+        self.taken.append((mirror.key, candidates, len(mirror.log)))
+
+
+def test_candidates_come_before_the_commit_that_they_came_with() -> None:
+    said = Candidates((3,), ((4, 9),))
+    with driven(proposer=TakingProposer()) as it:
+        it.submit(Bind(1, spec()), Follow(1, 1, Commit(1, 3, (4,)), said))
+        it.submit(Follow(1, 1, None, said), Follow(1, 2, Commit(1, 3, (4,)), said))
+        it.settle()
+        assert it.proposer.taken == [((1, 1), said, 3), ((1, 1), said, 4)]
+        assert it.proposer.advances == [(4,)]
+
+
+def test_those_who_take_none_are_not_bothered() -> None:
+    with driven() as it:
+        it.submit(Bind(1, spec()), Follow(1, 1, Commit(1, 3, (4,)), Candidates((3,), ((4,),))))
+        it.settle()
+        assert it.proposer.advances == [(4,)]
+
+
+# --- swapping ---------------------------------------------------------------------------------
+
+
+class Backwards(CountingProposer):
+    """Guesses that each token is followed by the number before."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.info = replace(self.info, model_fingerprint="backwards")
+
+    def _extend(self, mirror: Mirror) -> bool:
+        root = mirror.tree.root
+        return not root.children and mirror.attach(root, root.token - 1, -0.25) is not None
+
+
+def test_sessions_go_on_with_the_new_version() -> None:
+    new, announced = Backwards(), []
+    with driven() as it:
+        it.submit(Bind(1, spec()), Bind(2, spec(session=5)))
+        it.reaches(7)
+        it.submit(Follow(1, 1, Commit(1, 3, (4, 30))))
+        it.reaches(9)
+        before = len(it.drafts())
+        it.submit(Swap(lambda: new, lambda proposer: announced.append((proposer, new.opened[:]))))
+        it.until(lambda: any(draft.tokens == (29,) for draft in it.drafts()))
+        assert announced == [(new, [])], "told before anything is guessed"
+        assert sorted(it.proposer.closed) == sorted(new.opened) == [(1, 1), (2, 5)]
+        assert it.to().rejections == it.to(2).rejections == []
+        assert {draft.base_length for draft in it.drafts()[before:]} == {5}
+        # What it guessed is followed like anything else.
+        it.submit(Follow(1, 1, Commit(1, 5, (29, 20))))
+        it.until(lambda: it.drafts()[-1].tokens == (19,))
+        assert new.advances == [(29, 20)]
+        it.submit(Bind(1, spec(session=8)))
+        it.settle()
+        assert new.opened[-1] == (1, 8)
+        assert it.grower.load == 3
+
+
+def test_what_cannot_be_used_changes_nothing() -> None:
+    def broken() -> CountingProposer:
+        raise ConfigError("the folder is empty")
+
+    other = Backwards()
+    other.info = replace(other.info, tokenizer_fingerprint="others")
+    with driven() as it:
+        it.submit(Bind(1, spec()))
+        it.reaches(7)
+        for make in (broken, lambda: other):
+            it.submit(Swap(make, lambda proposer: pytest.fail("nothing was swapped")))
+        it.submit(Follow(1, 1, Commit(1, 3, (4, 5))))
+        it.reaches(9)
+        assert it.proposer.closed == other.opened == []
+        assert it.to().rejections == []
+
+
+def test_a_new_version_that_fails_for_a_session_costs_only_that() -> None:
+    new = Backwards()
+    new.broken = {"open"}
+    with driven() as it:
+        it.submit(Bind(1, spec()))
+        it.reaches(7)
+        it.submit(Swap(lambda: new, lambda proposer: None))
+        it.until(lambda: bool(it.to().rejections))
+        assert it.to().rejections[0].code is RejectionCode.INTERNAL
+        assert it.grower.load == 0
+        new.broken = set()
+        it.submit(Bind(1, spec(session=2)))
+        it.until(lambda: any(draft.tokens == (2,) for draft in it.drafts()))
+
+
+def test_a_new_version_that_knows_fewer_ids_guesses_no_others() -> None:
+    small = CountingProposer()
+    small.info = replace(small.info, vocabulary_size=5)
+    with driven() as it:
+        it.submit(Bind(1, spec()))
+        it.reaches(7)
+        before = len(it.drafts())
+        it.submit(Swap(lambda: small, lambda proposer: None))
+        it.until(lambda: len(it.drafts()) > before)
+        it.settle()
+        assert {token for draft in it.drafts()[before:] for token in draft.tokens} == {4}

@@ -10,7 +10,8 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from drafter_service.mirror import Mirror
-from drafter_service.proposers.lookup import LookupProposer, MatchEstimates, SuffixAutomaton
+from drafter_service.proposers.lookup import LookupProposer, SuffixAutomaton
+from drafter_service.proposers.match_estimates import MatchEstimates
 from outrider.domain import BindSpec, Commit, DraftBudget, SamplingParams
 
 thorough = settings(max_examples=300, deadline=None, derandomize=True)

@@ -13,7 +13,7 @@ OFFSET_S = 1_000.0
 
 
 def events(trace: SessionTrace) -> list[dict[str, Any]]:
-    found: list[dict[str, Any]] = json.loads(trace.to_json())["traceEvents"]
+    found: list[dict[str, Any]] = json.loads(trace.to_json({}))["traceEvents"]
     return found
 
 
@@ -82,4 +82,4 @@ def test_a_long_trace_is_cut_and_says_so(monkeypatch: Any) -> None:
     for number in range(5):
         trace.decided(number, "something")
     assert len(named(trace, "something")) == 3
-    assert json.loads(trace.to_json())["otherData"]["cut"] is True
+    assert json.loads(trace.to_json({}))["otherData"]["cut"] is True
