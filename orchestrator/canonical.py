@@ -59,6 +59,7 @@ def request_to_bytes(job: Job, numbers: Sequence[int]) -> bytes:
         "cache_salt": first.cache_salt,
         "stop": list(job.stop),
         "speculation": job.speculation,
+        "prediction": _packed(job.prediction),
     }
     return json.dumps(fields, separators=(",", ":")).encode()
 
@@ -112,6 +113,8 @@ def job_of_request(request: CanonicalRequest, info: ModelInfo) -> Job:
             tuple(fields["stop"]),
             fields["speculation"],
             tenant=request.tenant,
+            # Only a hint: releases that did not write it down are understood.
+            prediction=_unpacked(fields.get("prediction", "")),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise Mismatch(f"the journal's request cannot be read: {error!r}") from None

@@ -46,7 +46,15 @@ FIRST = SessionSpec(
     cache_salt="salt",
 )
 SECOND = replace(FIRST, seed=session_seed(2**64 - 1, 1), prompt_logprobs=None)
-JOB = Job(INFO, 2**64 - 1, (FIRST, SECOND), ("stop", "\n"), speculation=False, tenant="us")
+JOB = Job(
+    INFO,
+    2**64 - 1,
+    (FIRST, SECOND),
+    ("stop", "\n"),
+    speculation=False,
+    tenant="us",
+    prediction=(5, 4_000_000_000),
+)
 
 
 @pytest.mark.parametrize("sampling", [SAMPLING, SamplingParams(temperature=0.0)])
@@ -80,3 +88,10 @@ def test_a_damaged_request_is_refused():
     request = request_from_bytes(json.dumps(fields).encode())
     with pytest.raises(Mismatch, match="cannot be read"):
         job_of_request(request, INFO)
+
+
+def test_a_request_of_before_predictions_were_journaled_is_read():
+    fields = json.loads(request_to_bytes(JOB, (1, 2)))
+    del fields["prediction"]
+    request = request_from_bytes(json.dumps(fields).encode())
+    assert job_of_request(request, INFO).prediction == ()
