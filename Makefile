@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test fuzz chaos demo serve bench bench-verifier bench-pipeline bench-placement bench-http peers images manifests deploy-local clean lock
+.PHONY: help install proto format lint test node fuzz chaos demo serve bench bench-verifier bench-pipeline bench-placement bench-http peers images manifests deploy-local clean lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -54,6 +54,10 @@ lint: install ## Check style, types, import contracts and the protocol
 
 test: install ## Run the tests (TEST_ARGS="-k tree" for some of them)
 	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
+
+# The versions of package-lock.json, with npm; without them the tests skip what needs Node.
+node: ## Install the packages of the Node client in the contract tests
+	@npm --prefix tests/contract/node ci --no-audit --no-fund --loglevel error
 
 fuzz: install ## Send a verifier 100,000 messages that are not as they should be (FUZZ_ARGS="--seed 2")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.verifier_stream $(FUZZ_ARGS)
