@@ -2,6 +2,8 @@
 const $ = id => document.getElementById(id);
 const TARGET = 0, EMPTY = "–", RETRIES = 5, POLL_MS = 2000, HISTORY = 60;
 const names = new Map([[TARGET, "the target itself"]]);
+const workers = new Map();  // By address, as last heard of.
+const MARKS = 4000, LANE_PX = 26, STEP_PX = 22, WIDEST_PX = 30000;
 const lastRuns = new Map();  // By request: what came of it with speculation, and without.
 let running = null, only = null, before = null, rates = [];
 
@@ -207,7 +209,8 @@ async function generate() {
   const key = path + JSON.stringify(body), run = new Run($("speculate").checked);
   let reason = null;
   try {
-    for await (const event of stream(path, {...body, speculative: {enabled: run.speculated}}, running.signal)) {
+    const speculative = {enabled: run.speculated, timeline: true};
+    for await (const event of stream(path, {...body, speculative}, running.signal)) {
       for (const choice of event.choices) {
         run.take(choice);
         reason = choice.finish_reason || reason;
@@ -215,6 +218,7 @@ async function generate() {
       }
       const metrics = event.metrics && event.metrics.speculative_decoding;
       if (metrics) run.told(metrics);
+      if (event.metrics && event.metrics.timeline) draw(event.metrics.timeline.traceEvents);
     }
     $("summary").textContent = run.count ? compare(key, run, reason) : "The answer is empty.";
   } catch (error) {
@@ -236,6 +240,66 @@ async function models() {
   const listed = (await response.json()).data.map(model => model.id);
   const known = [...$("model").options].map(option => option.value);
   if (listed.join() !== known.join()) $("model").replaceChildren(...listed.map(name => new Option(name, name)));
+}
+
+// The latest answer's timeline. A lane for each worker, one for the session, one for the network.
+function draw(events) {
+  const lanes = events.filter(one => one.ph === "M").sort((a, b) => place(a.args.name) - place(b.args.name));
+  const shown = events.filter(one => one.ph !== "M").slice(0, MARKS);
+  const steps = shown.filter(one => one.name === "verify step");
+  if (!steps.length) return;
+  // A usual step is wide enough to be pointed at; whatever is longer than the page scrolls.
+  const usual = steps.map(one => one.dur).sort((a, b) => a - b)[steps.length >> 1] || 1;
+  const from = Math.min(...shown.map(one => one.ts)), until = Math.max(...shown.map(one => one.ts + (one.dur || 0)));
+  const scale = Math.min(STEP_PX / usual, WIDEST_PX / (until - from)), width = Math.max(40, (until - from) * scale);
+  const labels = $("lanes"), drawing = svg("svg", {width, height: LANE_PX * lanes.length + 18}, null, "");
+  labels.replaceChildren();
+  lanes.forEach((lane, index) => {
+    const worker = workers.get(lane.args.name);
+    element("div", worker ? worker.role : lane.args.name, labels).title = worker ? `${worker.model} at ${worker.address}` : "";
+    for (const one of shown.filter(one => one.pid === lane.pid)) mark(one, worker, index * LANE_PX, from, scale, drawing);
+  });
+  const tick = [1e3, 1e4, 1e5, 1e6, 1e7].find(one => one * scale > 70) || 1e8;
+  for (let at = Math.ceil(from / tick) * tick; at <= until; at += tick) {
+    svg("path", {d: `M${(at - from) * scale},0V${LANE_PX * lanes.length}`}, drawing, "", "tick");
+    svg("text", {x: (at - from) * scale + 3, y: LANE_PX * lanes.length + 13}, drawing, `${at / 1000} ms`);
+  }
+  const busy = steps.reduce((sum, one) => sum + one.dur, 0) / (until - from);
+  const drafts = shown.filter(one => one.name === "draft step").length;
+  const hits = steps.filter(one => one.args.guessed).length;
+  $("timeline-summary").textContent = `${steps.length} verify steps, ${hits} of them with guesses that were right; ` +
+    `${drafts} draft steps. The verifier was busy ${percent(Math.min(1, busy))} of the time.`;
+  drawing.setAttribute("role", "img");
+  drawing.setAttribute("aria-label", $("timeline-summary").textContent);
+  $("lanes-scroll").replaceChildren(drawing);
+  $("timeline").hidden = false;
+  $("no-timeline").hidden = true;
+}
+
+const place = name => name === "session" ? 0 : name === "network" ? 3 : (workers.get(name) || {}).role === "verifier" ? 1 : 2;
+
+function mark(one, worker, top, from, scale, drawing) {
+  const x = (one.ts - from) * scale, told = Object.entries(one.args).map(([name, value]) => `${name} ${value}`).join(", ");
+  const took = one.dur === undefined ? "" : ` ${(one.dur / 1000).toFixed(2)} ms`;
+  const title = `${one.name}${took}${told && `: ${told}`}`;
+  if (one.ph === "i") {
+    const kind = one.name.startsWith("hit") ? "hit" : one.name === "miss" ? "miss" : "decision";
+    svg("circle", {cx: x, cy: top + LANE_PX / 2, r: 4}, drawing, title, kind);
+    return;
+  }
+  const kind = one.name === "verify step" ? "verifying" : one.name === "draft step" ? "drafting" : "travelling";
+  const box = svg("rect", {x, y: top + 4, width: Math.max(1, one.dur * scale), height: LANE_PX - 8, rx: 2}, drawing, title, kind);
+  if (worker && worker.source) paint(box, worker.source);
+}
+
+function svg(tag, attributes, parent, title, className) {
+  const made = document.createElementNS("http://www.w3.org/2000/svg", tag);
+  for (const [name, value] of Object.entries(attributes)) made.setAttribute(name, value);
+  if (className) made.setAttribute("class", className);
+  if (tag === "text") made.textContent = title;
+  else if (title) made.append(Object.assign(document.createElementNS("http://www.w3.org/2000/svg", "title"), {textContent: title}));
+  if (parent) parent.append(made);
+  return made;
 }
 
 function row(worker) {
@@ -296,6 +360,8 @@ async function look() {
       const alone = count("drafter", one.model) === 1;
       names.set(one.source, alone ? one.model : `${one.model || "drafter"} at ${one.address}`);
     }
+    workers.clear();
+    for (const one of state.workers) workers.set(one.address, one);
     $("workers").replaceChildren(...state.workers.map(row));
     $("nobody").hidden = state.workers.length > 0;
     totals(state);

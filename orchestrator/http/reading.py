@@ -142,6 +142,9 @@ def _request(
     speculation = body.speculative is None or body.speculative.enabled
     if body.prediction is not None and not speculation:
         raise InvalidRequest("prediction", "needs speculation, which speculative.enabled turns off")
+    timeline = body.speculative is not None and body.speculative.timeline
+    if timeline:
+        _check_timeline(body)
     stop = body.stop or ()
     return Request(
         tenant=tenant,
@@ -161,7 +164,19 @@ def _request(
         prompt_logprobs=prompt_logprobs,
         cache_salt=body.cache_salt or "",
         prediction=_text(body.prediction.content) if body.prediction is not None else "",
+        trace=timeline,
     )
+
+
+def _check_timeline(body: Generating) -> None:
+    """Refuse what has no place for a timeline: it comes with the metrics of a single choice."""
+    several = isinstance(body, CompletionRequest) and len(_prompts(body)) > 1
+    if several or (body.n or 1) > 1:
+        raise InvalidRequest("speculative.timeline", "is kept of one choice of one prompt only")
+    options = body.stream_options
+    if body.stream and not (options is not None and options.include_usage):
+        text = "needs stream_options.include_usage in a stream: it comes with the usage"
+        raise InvalidRequest("speculative.timeline", text)
 
 
 def _sampling(body: Generating) -> SamplingParams:

@@ -47,6 +47,8 @@ class Speculative(Strict):
     """Speculation for this request; it changes speed, never the output."""
 
     enabled: bool = True
+    timeline: bool = False
+    """Also return who did what when, as `metrics.timeline`, in the trace event format."""
 
 
 class JsonSchema(Strict):

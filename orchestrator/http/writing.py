@@ -217,7 +217,9 @@ class Answer:
         counters, histogram = ending.finish.counters, ending.steps_by_accepted
         steps, drafted = counters.verify_steps, counters.verified_draft_tokens
         accepted = counters.accepted_draft_tokens
+        timeline = {"timeline": json.loads(ending.trace)} if ending.trace else {}
         return {
+            **timeline,
             "speculative_decoding": {
                 "mean_acceptance_length": 1.0 + accepted / steps if steps else 1.0,
                 "draft_acceptance_rate": accepted / drafted if drafted else 0.0,

@@ -70,6 +70,11 @@ def sources(page: Browser) -> set[int]:
     return set(map(int, page.value(f"[...{spans}].map(span => span.dataset.source)")))
 
 
+def drawn(page: Browser, marks: str) -> int:
+    """How many such marks the latest answer's timeline has."""
+    return int(page.value(f"document.querySelectorAll('#timeline :is({marks})').length"))
+
+
 def check_looks(page: Browser) -> None:
     """Everything fits and can be read, on a laptop and on a phone, light and dark."""
     for size in (LAPTOP, PHONE):
@@ -102,6 +107,8 @@ def play(page: Browser, url: str) -> None:
     assert 0 in sources(page)
     assert len(sources(page)) >= 2
     assert "tiny-draft" in page.text("legend")
+    assert drawn(page, ".drafting") > 0
+    assert drawn(page, ".hit") > 0
     coloured = "new Set([...document.querySelectorAll('.guess')]" + (
         ".map(span => getComputedStyle(span).backgroundColor))"
     )
@@ -114,10 +121,16 @@ def play(page: Browser, url: str) -> None:
     assert sources(page) == {0}
     assert (page.text("tau"), page.text("acceptance")) == ("1.00", NOTHING)
     assert "The same tokens with and without speculation" in page.text("summary")
+    assert drawn(page, ".verifying") >= 120
+    assert drawn(page, ".drafting, .hit") == 0
 
 
 def watch(page: Browser) -> None:
     page.click("#to-fleet")
+    assert page.value("document.getElementById('no-timeline').hidden")
+    lanes = page.value("[...document.querySelectorAll('#lanes div')].map(one => one.innerText)")
+    assert lanes[:2] == ["session", "verifier"]
+    assert page.text("timeline-summary").startswith("120 verify steps, 0 of them")
     assert page.value("document.getElementById('playground').hidden")
     page.until("document.querySelectorAll('#workers tr').length === 3")
     rows = page.value("[...document.querySelectorAll('#workers tr')].map(row => row.innerText)")
