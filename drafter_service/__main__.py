@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import asyncio
 import secrets
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
 from drafter_service.config import LANGUAGE_MODEL, DrafterConfig, GrowingConfig, stages_of
-from outrider.errors import ConfigError, OutriderError
-from outrider.serving.logs import configure_logging
+from outrider.errors import ConfigError
 from outrider.serving.options import (
     check_advertised,
     engine_options,
-    logging_options,
+    service_options,
     worker_options,
 )
 
@@ -74,10 +72,8 @@ from outrider.serving.options import (
     default=0.0,
     help="Seconds added to each step, for tests.",
 )
-@logging_options
+@service_options("drafter")
 def command(
-    log_level: str,
-    log_format: Any,
     sessions_max: int,
     step_delay_s: float,
     worker_id: str | None,
@@ -96,7 +92,6 @@ def command(
     it has; what cannot be used is logged and the old version goes on. Put a new version in place
     whole (rename a folder, or turn a link) before.
     """
-    configure_logging("drafter", level=log_level, fmt=log_format)
     config = DrafterConfig(
         worker_id=worker_id or f"drafter-{secrets.token_hex(4)}",
         growing=GrowingConfig(sessions_max=sessions_max, step_delay_s=step_delay_s),
@@ -114,11 +109,7 @@ def command(
     # Imported late: torch takes seconds, and `--help` should not.
     from drafter_service.app import serve
 
-    try:
-        asyncio.run(serve(config))
-    except OutriderError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    asyncio.run(serve(config))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from drafter_service.service import SERVICE_NAMES, DrafterService
 from outrider.kv_blocks import BlockPool
 from outrider.registry import HeldBlocks, WorkerRecord, published, published_blocks
 from outrider.serving.server import Server
+from outrider.serving.telemetry import Tracing, tracing
 from outrider.serving.worker_main import serve_until_stopped
 
 _log = logging.getLogger(__name__)
@@ -25,6 +26,11 @@ _log = logging.getLogger(__name__)
 
 async def serve(config: DrafterConfig) -> None:
     """Run until asked to stop. Raises `ModelLoadError` or `ConfigError` at start."""
+    async with tracing("drafter", config.otlp_endpoint, config.worker_id) as spans:
+        await _serve(config, spans)
+
+
+async def _serve(config: DrafterConfig, spans: Tracing | None) -> None:
     # One thread for loading and stepping; outrider.model.threads says why.
     thread = ThreadPoolExecutor(1, thread_name_prefix="proposer")
     loop = asyncio.get_running_loop()
@@ -33,7 +39,10 @@ async def serve(config: DrafterConfig) -> None:
     _log.info("proposer %s, model %s", info.proposer, info.model)
     incarnation = secrets.token_hex(16)
     service = DrafterService(
-        info, incarnation=incarnation, sessions_max=config.growing.sessions_max
+        info,
+        incarnation=incarnation,
+        sessions_max=config.growing.sessions_max,
+        tracing=spans,
     )
     grower = Grower(proposer, config.growing, service.emit)
     service.attach(grower)

@@ -76,3 +76,5 @@ class DrafterConfig:
     """Between services; None: plaintext."""
     plaintext: bool = False
     """Plaintext is meant, even where other machines can connect."""
+    otlp_endpoint: str | None = None
+    """Collector of traces; None: there are none."""

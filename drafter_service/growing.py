@@ -323,7 +323,7 @@ class Grower:
 
     def _give_up(self, mirror: Mirror) -> None:
         """Within an except block: end the one session that the proposer failed for."""
-        _log.exception("the proposer failed; session %d is dropped", mirror.spec.session)
+        _log.exception("the proposer failed; a session is dropped", extra=_named(mirror))
         self._reject(mirror)
 
     def _reject(self, mirror: Mirror) -> None:
@@ -339,7 +339,12 @@ class Grower:
         try:
             self._proposer.close(mirror)
         except Exception:
-            _log.exception("session %d could not be closed", mirror.spec.session)
+            _log.exception("a session could not be closed", extra=_named(mirror))
+
+
+def _named(mirror: Mirror) -> dict[str, str]:
+    spec = mirror.spec
+    return {"request_id": spec.origin.request_id, "session": f"{spec.session:016x}"}
 
 
 def _rejection(spec: BindSpec, code: RejectionCode, message: str, field: str = "") -> Rejection:

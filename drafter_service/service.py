@@ -9,6 +9,7 @@ from typing import Any
 
 import grpc.aio
 
+from drafter_service.accounts import Accounts
 from drafter_service.growing import Grower
 from drafter_service.messages import (
     Bind,
@@ -24,6 +25,7 @@ from outrider.domain import ModelInfo, Rejection, RejectionCode
 from outrider.errors import InvalidRequest
 from outrider.serving.queues import Mailbox
 from outrider.serving.server import Server
+from outrider.serving.telemetry import Tracing
 from outrider.serving.worker_edge import WorkerEdge
 from outrider.v1 import drafter_pb2, drafter_pb2_grpc, types_pb2, worker_pb2_grpc
 
@@ -45,8 +47,10 @@ class DrafterService(
         *,
         incarnation: str,
         sessions_max: int,
+        tracing: Tracing | None = None,
     ) -> None:
         super().__init__(info, incarnation=incarnation, sessions_max=sessions_max)
+        self._accounts = Accounts(tracing)
         self._grower: Grower | None = None
 
     def attach(self, grower: Grower) -> None:
@@ -75,6 +79,7 @@ class DrafterService(
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, server.grpc)
 
     def _submit_disconnect(self, connection: int) -> None:
+        self._accounts.disconnected(connection)
         self._attached.submit(Disconnect(connection))
 
     def _submit_drain(self) -> None:
@@ -86,7 +91,8 @@ class DrafterService(
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[drafter_pb2.ProposeResponse]:
         """One orchestrator's stream; its end forgets its sessions."""
-        async for batch in self._converse(request_iterator, context):
+        async for _, batch in self._converse(request_iterator, context):
+            self._accounts.said(batch)
             yield _response(batch, self._draining)
 
     def _submit(
@@ -95,7 +101,9 @@ class DrafterService(
         grower = self._attached
         for bind in request.binds:
             try:
-                grower.submit(Bind(connection, wire.bind_from_pb(bind)))
+                spec = wire.bind_from_pb(bind)
+                self._accounts.bound(connection, spec)
+                grower.submit(Bind(connection, spec))
             except InvalidRequest as error:
                 rejection = Rejection(
                     bind.session,
@@ -110,6 +118,8 @@ class DrafterService(
             commit = wire.commit_from_bytes(row.commit)
             candidates = wire.candidates_from_bytes(row.candidates)
             grower.submit(Follow(connection, row.session, commit, candidates))
+            if commit is not None and commit.last:
+                self._accounts.ended(connection, row.session)
         for update in request.budgets:
             try:
                 budget = wire.budget_from_pb(update.budget)
@@ -118,6 +128,7 @@ class DrafterService(
                 continue
             grower.submit(SetBudget(connection, update.session, update.binding, budget))
         for unbind in request.unbinds:
+            self._accounts.unbound(connection, unbind.session, unbind.binding)
             grower.submit(Unbind(connection, unbind.session, unbind.binding))
 
 

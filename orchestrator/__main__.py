@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import secrets
-import sys
 from typing import Any
 
 import click
@@ -11,10 +10,8 @@ import click
 from orchestrator.config import DriverConfig, HttpConfig, JournalConfig, OrchestratorConfig
 from orchestrator.http.options import http_options
 from outrider.domain import DraftBudget
-from outrider.errors import OutriderError
-from outrider.serving.logs import configure_logging
 from outrider.serving.loops import run
-from outrider.serving.options import address_options, logging_options
+from outrider.serving.options import address_options, service_options
 
 _LIMITS = DriverConfig().budget_limits
 
@@ -90,6 +87,14 @@ _LIMITS = DriverConfig().budget_limits
     help="Seconds that a generation waits for another verifier when it has lost its own.",
 )
 @click.option(
+    "--grpc-write-timeout",
+    "write_timeout_s",
+    type=click.FloatRange(min=0.1),
+    default=DriverConfig.write_timeout_s,
+    show_default=True,
+    help="Seconds after which a gRPC client that reads nothing is given up.",
+)
+@click.option(
     "--journal/--no-journal",
     default=True,
     show_default=True,
@@ -113,10 +118,8 @@ _LIMITS = DriverConfig().budget_limits
     help="Seconds that output waits for Redis at most, before it goes on without being resumable.",
 )
 @http_options
-@logging_options
+@service_options("orchestrator")
 def command(
-    log_level: str,
-    log_format: Any,
     name: str | None,
     sessions_max: int,
     choices_max: int,
@@ -127,6 +130,7 @@ def command(
     verifier_timeout_s: float,
     worker_timeout_s: float,
     failover_wait_s: float,
+    write_timeout_s: float,
     journal: bool,
     journal_retention_s: float,
     journal_deadline_s: float,
@@ -134,7 +138,6 @@ def command(
     **options: Any,
 ) -> None:
     """Run an orchestrator: the front door; finds workers in Redis and by static addresses."""
-    configure_logging("orchestrator", level=log_level, fmt=log_format)
     config = OrchestratorConfig(
         name=name or f"orchestrator-{secrets.token_hex(4)}",
         driver=DriverConfig(
@@ -147,6 +150,7 @@ def command(
             verifier_timeout_s=verifier_timeout_s,
             worker_timeout_s=worker_timeout_s,
             failover_wait_s=failover_wait_s,
+            write_timeout_s=write_timeout_s,
         ),
         journal=JournalConfig(retention_s=journal_retention_s, deadline_s=journal_deadline_s)
         if journal
@@ -158,11 +162,7 @@ def command(
         raise click.UsageError("give --redis (or REDIS_URL), or at least one --verifier")
     from orchestrator.app import serve
 
-    try:
-        run(serve(config))
-    except OutriderError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    run(serve(config))
 
 
 if __name__ == "__main__":

@@ -18,6 +18,7 @@ from orchestrator.service import SERVICE_NAMES, GenerationService
 from orchestrator.takeover import Takeover
 from outrider.registry import Connection, KvIndex, Leases, Registry, WorkerRecord, WorkerWatch
 from outrider.serving.server import Server, stop_requested
+from outrider.serving.telemetry import Tracing, tracing
 
 _STREAMS_GRACE_S = 0.5
 
@@ -26,6 +27,11 @@ _log = logging.getLogger(__name__)
 
 async def serve(config: OrchestratorConfig) -> None:
     """Run until asked to stop. Raises `ConfigError` at start."""
+    async with tracing("orchestrator", config.otlp_endpoint, config.name) as spans:
+        await _serve(config, spans)
+
+
+async def _serve(config: OrchestratorConfig, spans: Tracing | None) -> None:
     fleet = Fleet(
         config.name,
         verifiers=config.verifiers,
@@ -41,7 +47,7 @@ async def serve(config: OrchestratorConfig) -> None:
         store = Leases(connection, config.journal.retention_s)
         journal = JournalWriter(store, config.journal)
         journal.start()
-    driver = Driver(fleet, config.driver, Placer(fleet, lookup), journal)
+    driver = Driver(fleet, config.driver, Placer(fleet, lookup), journal, spans)
     server = Server(
         SERVICE_NAMES,
         host=config.host,
@@ -50,10 +56,10 @@ async def serve(config: OrchestratorConfig) -> None:
         plaintext=config.plaintext,
     )
     takeover = Takeover(driver, fleet, store)
-    GenerationService(driver, fleet, config.driver, takeover).register(server)
+    GenerationService(driver, fleet, config.driver, takeover, spans).register(server)
     http = None
     if config.http is not None:
-        door = Door(driver, fleet, takeover, config.driver, config.http)
+        door = Door(driver, fleet, takeover, config.driver, config.http, spans)
         http = HttpServer(door, config.http)
     driver.start()
     try:

@@ -14,7 +14,10 @@ class DriverConfig:
     """Bounds and times of session handling."""
 
     sessions_max: int = 1_024
-    """Sessions at once, one for each choice; more are refused with RESOURCE_EXHAUSTED."""
+    """Sessions at once, one for each choice; more are refused with RESOURCE_EXHAUSTED.
+
+    One that has ended counts as long as its output waits for a client that does not read it.
+    """
     choices_max: int = 16
     """Choices of one request; more are refused with INVALID_ARGUMENT."""
     drafters_per_session: int = 2
@@ -30,6 +33,8 @@ class DriverConfig:
     """A worker that neither says anything nor answers when asked counts as lost after so long."""
     failover_wait_s: float = 30.0
     """How long a session whose verifier was lost waits for another one; new requests do not."""
+    write_timeout_s: float = 30.0
+    """A gRPC client that reads nothing for so long is given up, and its generation with it."""
     sweep_interval_s: float = 0.5
     prefix_lookup_s: float = 0.005
     """Admission waits so long for Redis to say who holds a prompt's beginning."""
@@ -107,6 +112,8 @@ class OrchestratorConfig:
     """None: nothing of requests or output is kept in Redis, and nothing can be resumed."""
     http: HttpConfig | None = None
     """None: gRPC only."""
+    otlp_endpoint: str | None = None
+    """Collector of traces; None: there are none."""
     tls: Tls | None = None
     """Between services; None: plaintext."""
     plaintext: bool = False

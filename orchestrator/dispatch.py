@@ -105,6 +105,7 @@ class Dispatch:
                 vocabulary_size=info.vocabulary_size,
                 budget=budget,
                 cache_salt=spec.cache_salt,
+                origin=spec.origin,
             )
         )
 

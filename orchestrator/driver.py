@@ -66,6 +66,7 @@ from orchestrator.meters import Meters
 from orchestrator.placing import Placer
 from orchestrator.prediction import Follower
 from orchestrator.prefix_memory import Prefix
+from orchestrator.reporting import Reporter
 from orchestrator.resuming import Restored
 from orchestrator.session import Session, State
 from orchestrator.text import TextStream
@@ -78,7 +79,14 @@ from orchestrator.workers import (
     VerifierBatch,
     VerifierLink,
 )
-from outrider.domain import TARGET_SOURCE, Rejection, RejectionCode, SpeculationCounters
+from outrider.domain import (
+    NOBODY,
+    TARGET_SOURCE,
+    Origin,
+    Rejection,
+    RejectionCode,
+    SpeculationCounters,
+)
 from outrider.errors import (
     Exhausted,
     InternalError,
@@ -88,6 +96,7 @@ from outrider.errors import (
     Unavailable,
 )
 from outrider.journal import Journaled
+from outrider.serving.telemetry import Tracing
 
 REVIEWED_MAX = 1_024
 """Sessions whose drafters are reviewed in one sweep, about."""
@@ -95,6 +104,8 @@ SWEEP_SLICE = 64
 """Sessions looked at in one go."""
 ROOM_MIN_S, ROOM_MAX_S = 0.1, 30.0
 """Bounds of the advice when to try again."""
+UNREAD_S = 1.0
+"""Output that nobody has read for so long after its end counts as a session."""
 STALL_S = 1.0
 """A sweep that is later than that means that this process stood still."""
 OUTCOMES: Mapping[type, str] = {
@@ -118,11 +129,13 @@ class Driver:
         config: DriverConfig,
         placer: Placer | None = None,
         journal: JournalWriter | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Without a `placer`, sessions are placed by what this orchestrator knows itself.
 
-        Without a `journal` nothing can be resumed.
+        Without a `journal` nothing can be resumed, without `tracing` nothing is traced.
         """
+        self._reporter = Reporter(tracing)
         self._fleet = fleet
         self.placer = placer or Placer(fleet)
         self._config = config
@@ -130,6 +143,8 @@ class Driver:
         self._running: dict[int, Running] = {}
         self._dispatch = Dispatch(fleet, config.budget_limits)
         self._rotation: Rotation = Rotation()
+        self._unread: dict[Generation, float] = {}
+        """Generations that have ended and not been left by whoever reads them, and since when."""
         self._homeless: set[Running] = set()
         """Sessions that wait for a verifier to take them over."""
         self._lasts_s = 0.0
@@ -184,6 +199,11 @@ class Driver:
         """Sessions under way; each choice of a generation is one."""
         return len(self._running)
 
+    @property
+    def unread(self) -> int:
+        """Generations that have ended and whose output waits for a client to read it."""
+        return len(self._unread)
+
     def counters(self) -> SpeculationCounters:
         """What speculation did so far, in all sessions; reads all of them."""
         total = self.meters.ended
@@ -193,14 +213,17 @@ class Driver:
 
     # --- requests ---
 
-    def generate(self, job: Job, prefix: Prefix | None = None) -> Generation:
+    def generate(
+        self, job: Job, prefix: Prefix | None = None, origin: Origin = NOBODY
+    ) -> Generation:
         """Start a generation. Raises `Exhausted` or `Unavailable`.
 
         `prefix` is what `placer.find` found out about the job's prompt.
         """
         self.check_room(len(job.choices))
         sessions = self._sessions(job)
-        generation = self._generation(f"gen-{uuid.uuid4().hex}", job, sessions, prefix)
+        name = f"gen-{uuid.uuid4().hex}"
+        generation = self._generation(name, job, sessions, prefix, origin)
         if self._journal is not None and job.resumable:
             request = request_to_bytes(job, [session.spec.session for session in sessions])
             generation.record = self._record(self._journal, generation, request)
@@ -214,13 +237,28 @@ class Driver:
         if self._draining:
             self.meters.requests["unavailable"] += 1
             raise Unavailable("the orchestrator is draining; ask another replica")
-        if len(self._running) + wanted > self._config.sessions_max:
+        held = len(self._running)
+        if held + len(self._unread) + wanted > self._config.sessions_max:
+            held += self._unread_choices()
+        if held + wanted > self._config.sessions_max:
             self.meters.requests["exhausted"] += 1
             raise Exhausted(
-                f"the orchestrator has {len(self._running)} of its {self._config.sessions_max} "
+                f"the orchestrator has {held} of its {self._config.sessions_max} "
                 f"sessions and was asked for {wanted} more; try again later",
                 self._room_in_s(),
             )
+
+    def _unread_choices(self) -> int:
+        """Choices whose output is complete and held for clients that do not read it.
+
+        Without them, clients that read slowly could have any number of outputs kept for them.
+        """
+        before_s = time.monotonic() - UNREAD_S
+        return sum(
+            len(generation.choices)
+            for generation, ended_s in self._unread.items()
+            if ended_s < before_s
+        )
 
     def _room_in_s(self) -> float:
         """When a session will probably have ended, if all goes on as of late."""
@@ -234,6 +272,7 @@ class Driver:
         *,
         holder: bytes,
         prompt_logprobs_known: bool,
+        origin: Origin = NOBODY,
     ) -> Generation:
         """Go on with a generation that was taken over; `job` numbers its sessions.
 
@@ -242,7 +281,7 @@ class Driver:
         """
         self.check_room(len(restored))
         sessions = self._sessions(job)
-        generation = self._generation(journaled.generation, job, sessions, None)
+        generation = self._generation(journaled.generation, job, sessions, None, origin)
         generation.prompt_wanted = job.prompt_logprobs and not prompt_logprobs_known
         if self._journal is not None:
             record = self._record(self._journal, generation, journaled.request, holder=holder)
@@ -263,7 +302,8 @@ class Driver:
         text = known + stream.push(restored.tokens[point.offset :]).text
         if restored.finish is not None:
             text += stream.finish().text
-        session.restore(restored.spec, restored.tokens, ended=restored.finish is not None)
+        spec = replace(restored.spec, origin=session.spec.origin)
+        session.restore(spec, restored.tokens, ended=restored.finish is not None)
         session.prompt_delivered = prompt_logprobs_known
         text = text[len(known) if point.characters is None else point.characters :]
         ids = restored.tokens[point.offset :]
@@ -293,7 +333,12 @@ class Driver:
         )
 
     def _generation(
-        self, name: str, job: Job, sessions: list[Session], prefix: Prefix | None
+        self,
+        name: str,
+        job: Job,
+        sessions: list[Session],
+        prefix: Prefix | None,
+        origin: Origin,
     ) -> Generation:
         prefix = prefix or self.placer.prefix(job)
         now_s = time.monotonic()
@@ -311,6 +356,8 @@ class Driver:
             )
             for choice, session in enumerate(sessions)
         ]
+        for running in generation.choices:
+            self._reporter.begun(running, origin)
         return generation
 
     def _begin(self, generation: Generation) -> None:
@@ -338,7 +385,12 @@ class Driver:
         ]
 
     def abandon(self, generation: Generation) -> None:
-        """Free everything that a generation holds; harmless after its end."""
+        """Free everything that a generation holds: nobody reads it any more, or has read all."""
+        generation.left = True
+        self._unread.pop(generation, None)
+        self._end(generation)
+
+    def _end(self, generation: Generation) -> None:
         generation.forget()
         unfinished = list(generation.unfinished())
         if unfinished and not generation.mailbox.closed:
@@ -358,6 +410,7 @@ class Driver:
             if running is not None:
                 running.heard_s = running.progress_s = now_s
                 self.meters.queued_s.observe(now_s - running.generation.started_s)
+                self._reporter.opened(running, now_s)
                 self._step(running, Opened(epoch))
         self._refused(link, batch.rejections, now_s)
         if batch.commits and link.breaker.failures:
@@ -382,6 +435,9 @@ class Driver:
                 self._dispatch.predict(running)
 
     def _count(self, running: Running, now_s: float, tokens: int) -> None:
+        session = running.session
+        if tokens and not session.bindings and running.follower is None:
+            self.meters.fallback_rounds["unbound" if session.drafters_wanted else "off"] += 1
         if running.first_token_s is not None and tokens:
             self.meters.committed(tokens, now_s - running.progress_s)
         elif tokens:
@@ -415,7 +471,8 @@ class Driver:
         for rejection in batch.rejections:
             running = self._bound(link, rejection.session, rejection.binding)
             if running is not None:
-                _log.warning("drafter %s: %s", link.address, rejection.message)
+                named = {"request_id": running.session.spec.origin.request_id}
+                _log.warning("drafter %s: %s", link.address, rejection.message, extra=named)
                 link.sessions.discard(rejection.session)
                 self.meters.migrations["drafter", "refused"] += 1
                 self._step(running, DrafterGone(rejection.binding, refused=True))
@@ -630,6 +687,7 @@ class Driver:
                     self._use_of(running, command),
                     proposers,
                 )
+                running.end = command.reason.value
                 generation.say(ending)
                 self.meters.total_s.observe(total_s)
                 self.meters.completion_tokens += command.completion_tokens
@@ -646,18 +704,24 @@ class Driver:
         """End all choices: half a generation is of no use, and a stream has one status."""
         if isinstance(error, Exhausted) and error.retry_after_s is None:
             error.retry_after_s = self._room_in_s()
+        for running in generation.choices:
+            if running.end == "left":
+                running.end = OUTCOMES.get(type(error), "internal")
         if not generation.mailbox.closed:
             self.meters.requests[OUTCOMES.get(type(error), "internal")] += 1
         generation.fail(error)
-        self.abandon(generation)
+        self._end(generation)
 
     def _forget(self, running: Running) -> None:
         if self._running.pop(running.number, None) is not None:
             self.meters.ended = self.meters.ended.plus(running.session.counters)
+            self._reporter.ended(running)
             if running.first_token_s:
                 lasted_s = time.monotonic() - running.generation.started_s
                 self._lasts_s += (lasted_s - self._lasts_s) / 16.0
         self._homeless.discard(running)
+        if not (running.generation.left or any(running.generation.unfinished())):
+            self._unread[running.generation] = time.monotonic()
         verifier = self._fleet.verifiers.get(running.session.verifier or "")
         if verifier is not None:
             verifier.sessions.discard(running.number)
@@ -671,7 +735,7 @@ class Driver:
         exclude |= self._strangers(running)
         chosen = self.placer.verifier(running.prefix, model, spec, exclude)
         now_s = time.monotonic()
-        running.heard_s = running.progress_s = now_s
+        running.heard_s = running.progress_s = running.asked_s = now_s
         if chosen is not None:
             self._homeless.discard(running)
             if running.session.setback is not None:

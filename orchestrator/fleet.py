@@ -217,6 +217,14 @@ class Fleet:
             for links in (self.verifiers if record.role == "verifier" else self.drafters,)
         }
 
+    def kv_shares(self) -> dict[str, float]:
+        """Share of their KV that verifiers said last is in use, by address; empty without Redis."""
+        return {
+            address: elsewhere.kv_share
+            for address, elsewhere in self._elsewhere.items()
+            if address in self.verifiers
+        }
+
     @property
     def prediction_source(self) -> int:
         """Source number of what clients predict; one for all, as if it were one drafter."""

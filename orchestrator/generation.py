@@ -21,6 +21,7 @@ from orchestrator.tracing import SessionTrace
 from outrider.domain import Commit, DraftBudget, ModelInfo
 from outrider.errors import OutriderError
 from outrider.serving.queues import Mailbox
+from outrider.serving.telemetry import Span
 
 
 class Delivery(NamedTuple):
@@ -87,6 +88,12 @@ class Running:
     """The target's, of the same step, if any drafter asked for them; as they came."""
     follower: Follower | None = None
     """Guesses from the client's predicted output, if there is one."""
+    span: Span | None = None
+    """Of its trace, if requests are traced."""
+    asked_s: float = 0.0
+    """When a verifier was last asked to take it."""
+    end: str = "left"
+    """How it ended: a finish reason, an error's kind, or that nobody wanted it any more."""
     steps_by_tokens: dict[int, int] = field(default_factory=dict)
     """Verify steps by the number of tokens that they committed."""
 
@@ -113,6 +120,40 @@ class Running:
         return self.session.spec.session
 
 
+def joined(batch: list[Output]) -> list[Output]:
+    """Join the deliveries of each choice, so that a slow client gets fewer and larger messages.
+
+    What a batch says of one choice stays in order; choices are independent of each other.
+    """
+    if len(batch) < 2:
+        return batch
+    result: list[Output] = []
+    pieces: dict[int, list[Deliver]] = {}
+    places: dict[int, int] = {}
+    for output in batch:
+        if isinstance(output, Delivery):
+            if output.choice not in places:
+                places[output.choice] = len(result)
+                result.append(output)
+            pieces.setdefault(output.choice, []).append(output.deliver)
+        else:
+            result.append(output)
+    for choice, delivers in pieces.items():
+        if len(delivers) > 1:
+            result[places[choice]] = Delivery(choice, _concatenated(delivers))
+    return result
+
+
+def _concatenated(delivers: list[Deliver]) -> Deliver:
+    chain = itertools.chain.from_iterable
+    return Deliver(
+        "".join([deliver.text for deliver in delivers]),
+        tuple(chain(deliver.token_ids for deliver in delivers)),
+        tuple(chain(deliver.sources for deliver in delivers)),
+        tuple(chain(deliver.logprobs for deliver in delivers)),
+    )
+
+
 @dataclass(slots=True, eq=False)
 class Generation:
     """One request under way. Iterate `outputs()`; call `Driver.abandon` when nobody listens."""
@@ -124,11 +165,13 @@ class Generation:
     id: str = ""
     """Names it in logs, and when it is resumed."""
     choices: list[Running] = field(default_factory=list)
-    mailbox: Mailbox[Output] = field(default_factory=Mailbox)
+    mailbox: Mailbox[Output] = field(default_factory=lambda: Mailbox(joined))
     finished: int = 0
     """Choices that have said all."""
     record: Record[Output] | None = None
     """Its journal, which output waits for; None: it has none."""
+    left: bool = False
+    """Nobody reads it any more."""
     held: list[Output] = field(default_factory=list)
     """Output of quicker choices that waits for the prompt's log-probabilities."""
 
@@ -207,37 +250,3 @@ class Generation:
         while batch := await self.take():
             for output in batch:
                 yield output
-
-
-def joined(batch: list[Output]) -> list[Output]:
-    """Join the deliveries of each choice, so that a slow client gets fewer and larger messages.
-
-    What a batch says of one choice stays in order; choices are independent of each other.
-    """
-    if len(batch) < 2:
-        return batch
-    result: list[Output] = []
-    pieces: dict[int, list[Deliver]] = {}
-    places: dict[int, int] = {}
-    for output in batch:
-        if isinstance(output, Delivery):
-            if output.choice not in places:
-                places[output.choice] = len(result)
-                result.append(output)
-            pieces.setdefault(output.choice, []).append(output.deliver)
-        else:
-            result.append(output)
-    for choice, delivers in pieces.items():
-        if len(delivers) > 1:
-            result[places[choice]] = Delivery(choice, _concatenated(delivers))
-    return result
-
-
-def _concatenated(delivers: list[Deliver]) -> Deliver:
-    chain = itertools.chain.from_iterable
-    return Deliver(
-        "".join([deliver.text for deliver in delivers]),
-        tuple(chain(deliver.token_ids for deliver in delivers)),
-        tuple(chain(deliver.sources for deliver in delivers)),
-        tuple(chain(deliver.logprobs for deliver in delivers)),
-    )

@@ -12,6 +12,7 @@ from outrider.domain import SpeculationCounters
 POSITIONS_MAX = 64
 """Acceptance is counted by position up to here; what lies deeper counts as the last one."""
 _LATENCY_S = (0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 2.0, 5.0, 10.0, 30.0, 60.0, 120.0)
+LOOKUP_S = (0.0005, 0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.5)
 _TOKEN_S = (0.001, 0.002, 0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.5, 1.0, 5.0)
 
 
@@ -45,6 +46,8 @@ class Meters:
     """Of sessions that are over."""
     accepted_at: list[int] = field(default_factory=lambda: [0] * POSITIONS_MAX)
     """Accepted draft tokens by their place in the draft."""
+    fallback_rounds: Counter[str] = field(default_factory=Counter)
+    """Verify steps of sessions that nobody guessed for, by why."""
     migrations: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Moves of sessions by (role of the worker left, cause)."""
     first_token_s: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))

@@ -10,6 +10,7 @@ import asyncio
 import logging
 from collections.abc import Mapping, Sequence
 
+from orchestrator.meters import LOOKUP_S, Histogram
 from outrider.errors import RegistryUnavailable
 from outrider.registry import KvIndex
 
@@ -38,6 +39,8 @@ class PrefixLookup:
         """Of those asked: came too late, or not at all."""
         self.skipped = 0
         """Lookups that were not waited for, since Redis was slow."""
+        self.took_s = Histogram(LOOKUP_S)
+        """Of those that were answered, in time or not."""
 
     async def holders(self, hashes: Sequence[bytes]) -> Mapping[str, int] | None:
         """Return holders as `KvIndex.holders` does; None: not known in time. Never raises."""
@@ -71,6 +74,8 @@ class PrefixLookup:
         if task.cancelled():
             return
         error = task.exception()
+        if error is None:
+            self.took_s.observe(duration_s)
         if error is not None or duration_s > self._deadline_s:
             self.late += 1
             self._set_slow("is slow" if error is None else f"does not answer: {error}")

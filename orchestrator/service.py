@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
+import logging
 import secrets
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, AsyncIterator, Iterator
+from contextlib import aclosing
 from typing import Any
 
 import grpc.aio
@@ -17,14 +21,19 @@ from orchestrator.messages import DeliverPrompt
 from orchestrator.resuming import EMPTY_DIGEST, ResumePoint, ResumeRequest
 from orchestrator.takeover import Takeover
 from outrider import wire
-from outrider.errors import InvalidRequest
+from outrider.domain import Origin
+from outrider.errors import InvalidRequest, Unavailable
+from outrider.serving.origins import REQUEST_ID_KEY, answering, origin_of
 from outrider.serving.server import Server
 from outrider.serving.status import status_of_errors
+from outrider.serving.telemetry import Tracing
 from outrider.v1 import generation_pb2, generation_pb2_grpc
 
 SERVICE_NAMES = ("outrider.v1.GenerationService",)
 TENANT_KEY = "outrider-tenant"
 """Metadata in which a trusted front names the tenant; nobody's without."""
+
+_log = logging.getLogger(__name__)
 
 _Response = generation_pb2.GenerateResponse
 
@@ -38,8 +47,10 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         fleet: Fleet,
         config: DriverConfig,
         takeover: Takeover | None = None,
+        tracing: Tracing | None = None,
     ) -> None:
         """Without a `takeover` nothing can be resumed."""
+        self._tracing = tracing
         self._driver = driver
         self._takeover = takeover or Takeover(driver, fleet, None)
         self._fleet = fleet
@@ -49,44 +60,71 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         """Serve on `server`."""
         generation_pb2_grpc.add_GenerationServiceServicer_to_server(self, server.grpc)
 
-    async def Generate(
+    # Writing by hand, not by `yield`, is what lets a writer give up.
+    async def Generate(  # type: ignore[override]
         self,
         request: generation_pb2.GenerateRequest,
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[generation_pb2.GenerateResponse]:
+    ) -> None:
         """Generate what was asked for and stream it; leaving early frees both fleets."""
-        async with status_of_errors(context):
+        async with self._answering(context, "Generate") as origin:
             info = model_named(request.model, self._fleet.models())
             asked = _request(request, self._config, _tenant(context))
             job = job_of(asked, info, self._fleet.codec(info), self._config)
             prefix = await self._driver.placer.find(job)
-            generation = self._driver.generate(job, prefix)
-            started = False
-            try:
-                while outputs := await generation.take():
-                    for response in _responses(outputs, job, generation, started=started):
-                        yield response
-                    started = True
-            finally:
-                self._driver.abandon(generation)
+            generation = self._driver.generate(job, prefix, origin)
+            async with aclosing(self._told(job, generation)) as responses:
+                async for response in responses:
+                    await self._write(context, response)
 
-    async def Resume(
+    async def Resume(  # type: ignore[override]
         self,
         request: generation_pb2.ResumeRequest,
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[generation_pb2.ResumeResponse]:
+    ) -> None:
         """Continue a generation whose stream broke, from where its client stands."""
-        async with status_of_errors(context):
+        async with self._answering(context, "Resume") as origin:
             asked = _resume_request(request, _tenant(context))
-            job, generation = await self._takeover.resume(asked)
-            started = False
-            try:
-                while outputs := await generation.take():
-                    for response in _responses(outputs, job, generation, started=started):
-                        yield generation_pb2.ResumeResponse(response=response)
-                    started = True
-            finally:
-                self._driver.abandon(generation)
+            job, generation = await self._takeover.resume(asked, origin)
+            async with aclosing(self._told(job, generation)) as responses:
+                async for response in responses:
+                    await self._write(context, generation_pb2.ResumeResponse(response=response))
+
+    @contextlib.asynccontextmanager
+    async def _answering(
+        self, context: grpc.aio.ServicerContext[Any, Any], method: str
+    ) -> AsyncIterator[Origin]:
+        """Name the request, in logs, traces and the answer's trailer; errors become a status."""
+        origin = origin_of(_metadata(context))
+        context.set_trailing_metadata(((REQUEST_ID_KEY, origin.request_id),))
+        async with status_of_errors(context):
+            with answering(self._tracing, f"{SERVICE_NAMES[0]}/{method}", origin) as request:
+                yield request.origin
+
+    async def _told(self, job: Job, generation: Generation) -> AsyncGenerator[_Response]:
+        """Yield what to say until all is said; raises what the generation failed with."""
+        started = False
+        try:
+            while outputs := await generation.take():
+                for response in _responses(outputs, job, generation, started=started):
+                    yield response
+                started = True
+        finally:
+            self._driver.abandon(generation)
+
+    async def _write(self, context: grpc.aio.ServicerContext[Any, Any], message: Any) -> None:
+        """Write a message, which waits for the client; raises `Unavailable` if it reads nothing."""
+        limit_s = self._config.write_timeout_s
+        try:
+            async with asyncio.timeout(limit_s):
+                await context.write(message)
+        except grpc.aio.InternalError:
+            # The client has left; often this is heard first, and then that the call is cancelled.
+            raise asyncio.CancelledError from None
+        except TimeoutError:
+            _log.info("a client read nothing for %g s", limit_s)
+            text = f"the client read nothing for {limit_s:g} s; what it has not read can be resumed"
+            raise Unavailable(text) from None
 
     async def ListModels(
         self,
@@ -179,9 +217,14 @@ def _resume_request(message: generation_pb2.ResumeRequest, tenant: str) -> Resum
     return ResumeRequest(message.generation_id, tenant, points, message.prompt_logprobs_known)
 
 
+def _metadata(context: grpc.aio.ServicerContext[Any, Any]) -> dict[str, str]:
+    return {
+        key: value for key, value in context.invocation_metadata() or () if isinstance(value, str)
+    }
+
+
 def _tenant(context: grpc.aio.ServicerContext[Any, Any]) -> str:
-    metadata = {key: value for key, value in context.invocation_metadata() or ()}
-    return str(metadata.get(TENANT_KEY, ""))
+    return _metadata(context).get(TENANT_KEY, "")
 
 
 def _responses(

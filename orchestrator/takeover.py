@@ -11,6 +11,7 @@ from orchestrator.generation import Generation
 from orchestrator.jobs import Job
 from orchestrator.journaling import new_holder
 from orchestrator.resuming import ResumeRequest, check_points, restore
+from outrider.domain import NOBODY, Origin
 from outrider.errors import Mismatch, Unavailable, UnknownGeneration
 from outrider.journal import LeaseStore
 
@@ -24,7 +25,9 @@ class Takeover:
         """Without a store, nothing can be resumed."""
         self._driver, self._fleet, self._store = driver, fleet, store
 
-    async def resume(self, request: ResumeRequest) -> tuple[Job, Generation]:
+    async def resume(
+        self, request: ResumeRequest, origin: Origin = NOBODY
+    ) -> tuple[Job, Generation]:
         """Continue a generation; its old run, wherever it is, says nothing more.
 
         Raises `UnknownGeneration`, `InvalidRequest` for what was never said, `Mismatch` for what
@@ -59,5 +62,6 @@ class Takeover:
             journaled,
             holder=holder,
             prompt_logprobs_known=request.prompt_logprobs_known,
+            origin=origin,
         )
         return job, generation

@@ -9,6 +9,7 @@ from __future__ import annotations
 import enum
 import hashlib
 import math
+import re
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -31,6 +32,10 @@ LOGPROBS_MAX = 20
 CANDIDATES_MAX = 32
 GRAMMAR_BYTES_MAX = 1 << 16
 CACHE_SALT_BYTES_MAX = 256
+TRACE_CHARACTERS_MAX = 512
+REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
+"""What a request may be called in logs."""
+REQUEST_ID_RULE = "has 1 to 128 letters, digits, or any of . _ : / + = @ -"
 
 
 class FinishReason(enum.Enum):
@@ -279,6 +284,29 @@ class CommitReport:
 
 
 @dataclass(frozen=True, slots=True)
+class Origin:
+    """Who asked for a session: what names it in logs and traces, and changes nothing else."""
+
+    request_id: str = ""
+    """The client's own name for its request, or one that the orchestrator drew."""
+    traceparent: str = ""
+    """W3C trace context; empty: not traced."""
+    tracestate: str = ""
+
+    def __post_init__(self) -> None:
+        if self.request_id and not REQUEST_ID.fullmatch(self.request_id):
+            raise InvalidRequest("origin.request_id", REQUEST_ID_RULE)
+        for name in ("traceparent", "tracestate"):
+            if len(getattr(self, name)) > TRACE_CHARACTERS_MAX:
+                text = f"has at most {TRACE_CHARACTERS_MAX} characters"
+                raise InvalidRequest(f"origin.{name}", text)
+
+
+NOBODY = Origin()
+"""Origin of what no request asked for, and of requests that are not named."""
+
+
+@dataclass(frozen=True, slots=True)
 class SessionSpec:
     """Everything that a verifier needs to start or continue a session."""
 
@@ -299,6 +327,7 @@ class SessionSpec:
     """Sessions share KV of equal prefixes only within one salt."""
     candidates: int = 0
     """Of the target, that drafters want to know at each verified node."""
+    origin: Origin = NOBODY
 
     def __post_init__(self) -> None:
         if not 0 <= self.candidates <= CANDIDATES_MAX:
@@ -352,6 +381,7 @@ class BindSpec:
     budget: DraftBudget
     cache_salt: str = ""
     """Sessions share KV of equal prefixes only within one salt."""
+    origin: Origin = NOBODY
 
 
 class RejectionCode(enum.Enum):

@@ -24,6 +24,7 @@ from outrider.domain import (
     GrammarKind,
     GrowReport,
     ModelInfo,
+    Origin,
     PromptLogprobs,
     Rejection,
     RejectionCode,
@@ -432,6 +433,20 @@ def checked_hello(
 # --- opening ----------------------------------------------------------------------------------
 
 
+def origin_to_pb(origin: Origin) -> types_pb2.Origin:
+    """Convert what names a request in logs and traces."""
+    return types_pb2.Origin(
+        request_id=origin.request_id,
+        traceparent=origin.traceparent,
+        tracestate=origin.tracestate,
+    )
+
+
+def origin_from_pb(message: types_pb2.Origin) -> Origin:
+    """Convert back; raises `InvalidRequest`."""
+    return Origin(message.request_id, message.traceparent, message.tracestate)
+
+
 def session_to_pb(spec: SessionSpec) -> verifier_pb2.OpenSession:
     """Convert a session to open on a verifier."""
     return verifier_pb2.OpenSession(
@@ -448,6 +463,7 @@ def session_to_pb(spec: SessionSpec) -> verifier_pb2.OpenSession:
         prompt_logprobs=spec.prompt_logprobs,
         cache_salt=spec.cache_salt,
         candidates=spec.candidates,
+        origin=origin_to_pb(spec.origin),
     )
 
 
@@ -467,6 +483,7 @@ def session_from_pb(message: verifier_pb2.OpenSession) -> SessionSpec:
         prompt_logprobs=message.prompt_logprobs if message.HasField("prompt_logprobs") else None,
         cache_salt=message.cache_salt,
         candidates=message.candidates,
+        origin=origin_from_pb(message.origin),
     )
 
 
@@ -484,6 +501,7 @@ def bind_to_pb(spec: BindSpec) -> drafter_pb2.BindSession:
         vocabulary_size=spec.vocabulary_size,
         budget=budget_to_pb(spec.budget),
         cache_salt=spec.cache_salt,
+        origin=origin_to_pb(spec.origin),
     )
 
 
@@ -501,6 +519,7 @@ def bind_from_pb(message: drafter_pb2.BindSession) -> BindSpec:
         vocabulary_size=message.vocabulary_size,
         budget=budget_from_pb(message.budget) if message.HasField("budget") else DraftBudget(),
         cache_salt=message.cache_salt,
+        origin=origin_from_pb(message.origin),
     )
 
 

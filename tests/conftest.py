@@ -6,3 +6,22 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add options for sizes that take too long for every run."""
+    parser.addoption(
+        "--slow-readers",
+        type=int,
+        default=200,
+        help="clients at once that read nothing (tests/service/test_slow_readers.py)",
+    )
+
+
+@pytest.fixture
+def slow_readers(request: pytest.FixtureRequest) -> int:
+    """How many clients at once read nothing."""
+    count: int = request.config.getoption("--slow-readers")
+    return count

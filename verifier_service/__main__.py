@@ -5,18 +5,15 @@ from __future__ import annotations
 import asyncio
 import os
 import secrets
-import sys
 from pathlib import Path
 from typing import Any
 
 import click
 
-from outrider.errors import OutriderError
-from outrider.serving.logs import configure_logging
 from outrider.serving.options import (
     check_advertised,
     engine_options,
-    logging_options,
+    service_options,
     worker_options,
 )
 from verifier_service.config import EngineConfig, VerifierConfig
@@ -79,10 +76,8 @@ from verifier_service.config import EngineConfig, VerifierConfig
 @click.option(
     "--warm-up/--no-warm-up", default=True, show_default=True, help="Measure step times first."
 )
-@logging_options
+@service_options("verifier")
 def command(
-    log_level: str,
-    log_format: Any,
     sessions_max: int,
     kv_tokens_max: int | None,
     kv_overcommit: float,
@@ -102,7 +97,6 @@ def command(
 
     torchrun --standalone --nproc-per-node 2 -m verifier_service --model ...
     """
-    configure_logging("verifier", level=log_level, fmt=log_format)
     config = VerifierConfig(
         worker_id=worker_id or f"verifier-{secrets.token_hex(4)}",
         cache_dir=cache_dir,
@@ -122,14 +116,10 @@ def command(
     # Imported late: torch takes seconds, and `--help` should not.
     from verifier_service.app import follow, serve
 
-    try:
-        if int(os.environ.get("RANK", "0")):
-            follow(config)
-        else:
-            asyncio.run(serve(config))
-    except OutriderError as error:
-        click.echo(f"error: {error}", err=True)
-        sys.exit(2)
+    if int(os.environ.get("RANK", "0")):
+        follow(config)
+    else:
+        asyncio.run(serve(config))
 
 
 if __name__ == "__main__":

@@ -16,6 +16,7 @@ from outrider.model.tensor_parallel import ShardedModel, ignore_signals, join_ra
 from outrider.model.threads import set_threads
 from outrider.registry import HeldBlocks, WorkerRecord, published, published_blocks
 from outrider.serving.server import Server
+from outrider.serving.telemetry import Tracing, tracing
 from outrider.serving.worker_main import serve_until_stopped
 from verifier_service.config import VerifierConfig
 from verifier_service.engine import Engine
@@ -26,6 +27,11 @@ _log = logging.getLogger(__name__)
 
 async def serve(config: VerifierConfig) -> None:
     """Run until asked to stop. Raises `ModelLoadError` or `ConfigError` at start."""
+    async with tracing("verifier", config.otlp_endpoint, config.worker_id) as spans:
+        await _serve(config, spans)
+
+
+async def _serve(config: VerifierConfig, spans: Tracing | None) -> None:
     loop = asyncio.get_running_loop()
     # See outrider.model.threads: one thread for all that torch does.
     thread = ThreadPoolExecutor(1, thread_name_prefix="model")
@@ -47,6 +53,7 @@ async def serve(config: VerifierConfig) -> None:
         incarnation=incarnation,
         sessions_max=config.engine.sessions_max,
         grammar_timeout_s=config.engine.grammar_timeout_s,
+        tracing=spans,
     )
     engine = Engine(model, config.engine, service.emit)
     service.attach(engine)

@@ -452,7 +452,8 @@ class Engine:
                 # A limit of the session's own grammar.
                 self._fail(seat, RejectionCode.INVALID, error)
             except Exception:
-                _log.exception("commit failed; its session ends")
+                named = {"request_id": seat.session.spec.origin.request_id}
+                _log.exception("commit failed; its session ends", extra=named)
                 self._fail(seat)
 
     def _fail(

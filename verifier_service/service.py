@@ -15,8 +15,10 @@ from outrider.domain import Grammar, ModelInfo, Rejection, RejectionCode, Sessio
 from outrider.errors import InvalidRequest
 from outrider.serving.queues import Mailbox
 from outrider.serving.server import Server
+from outrider.serving.telemetry import Tracing
 from outrider.serving.worker_edge import WorkerEdge
 from outrider.v1 import types_pb2, verifier_pb2, verifier_pb2_grpc, worker_pb2_grpc
+from verifier_service.accounts import Accounts
 from verifier_service.admission import reject
 from verifier_service.engine import Engine
 from verifier_service.grammar_gate import GrammarGate, GrammarModel, Verdict
@@ -56,8 +58,10 @@ class VerifierService(
         incarnation: str,
         sessions_max: int,
         grammar_timeout_s: float,
+        tracing: Tracing | None = None,
     ) -> None:
         super().__init__(info, incarnation=incarnation, sessions_max=sessions_max)
+        self._accounts = Accounts(tracing)
         self._tokenizer_files = tokenizer_files
         self._gate = GrammarGate(
             GrammarModel(tokenizer_files.get("tokenizer.json"), info.vocabulary_size, info.eos_ids),
@@ -97,6 +101,7 @@ class VerifierService(
         for held in list(self._held.values()):
             if held.command.connection == connection:
                 self._let_go(held)
+        self._accounts.disconnected(connection)
         self._attached.submit(Disconnect(connection))
 
     def _submit_drain(self) -> None:
@@ -124,7 +129,8 @@ class VerifierService(
         context: grpc.aio.ServicerContext[Any, Any],
     ) -> AsyncIterator[verifier_pb2.VerifyResponse]:
         """One orchestrator's stream; its end aborts its sessions."""
-        async for batch in self._converse(request_iterator, context):
+        async for connection, batch in self._converse(request_iterator, context):
+            self._accounts.said(connection, batch)
             yield _response(batch, self._draining)
 
     def _submit(
@@ -133,7 +139,9 @@ class VerifierService(
         engine = self._attached
         for message in request.opens:
             try:
-                self._open(Open(connection, wire.session_from_pb(message)), mailbox)
+                spec = wire.session_from_pb(message)
+                self._accounts.asked(connection, spec)
+                self._open(Open(connection, spec), mailbox)
             except InvalidRequest as error:
                 mailbox.put(Outputs(rejections=[_invalid(message, error)]))
         for row in request.drafts:
@@ -154,6 +162,7 @@ class VerifierService(
                 and held.spec.epoch <= abort.epoch
             ):
                 self._let_go(held)
+            self._accounts.aborted(connection, abort.session, abort.epoch)
             engine.submit(Abort(connection, abort.session, abort.epoch))
 
     def _open(self, command: Open, mailbox: Mailbox[Any]) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import logging
 import time
-import uuid
 from collections import Counter
 from typing import Any
 
@@ -31,9 +31,15 @@ from orchestrator.jobs import model_named
 from orchestrator.takeover import Takeover
 from outrider.domain import PROTOCOL_VERSION, RULE_VERSION, ModelInfo
 from outrider.errors import Unavailable
+from outrider.serving.origins import REQUEST_ID_KEY, answering, origin_of
+from outrider.serving.telemetry import Tracing
 
 _OPEN = frozenset({"/health", "/health/live", "/health/ready"})
 """Routes that need no key."""
+_NAMING = (REQUEST_ID_KEY, "traceparent", "tracestate")
+"""Headers that name a request."""
+
+_log = logging.getLogger(__name__)
 
 
 class Door:
@@ -46,8 +52,10 @@ class Door:
         takeover: Takeover,
         limits: DriverConfig,
         config: HttpConfig,
+        tracing: Tracing | None = None,
     ) -> None:
-        self._driver, self._fleet = driver, fleet
+        """With `tracing`, requests that generate are traced."""
+        self._driver, self._fleet, self._tracing = driver, fleet, tracing
         self.keyring: Keyring | None = None
         """Who may ask; None: everybody."""
         self.responses: Counter[tuple[str, int]] = Counter()
@@ -90,6 +98,7 @@ class Door:
             ],
             redirect_slashes=False,
         )
+        self._generating = frozenset(generating)
         self._routes = {route.path for route in self._router.routes if isinstance(route, Route)}
 
     @property
@@ -102,32 +111,46 @@ class Door:
         if scope["type"] != "http":
             return
         path: str = scope["path"]
-        number = uuid.uuid4().hex
-        started = False
+        route = path if path in self._routes else "other"
+        headers = dict(scope["headers"])
+        origin = origin_of(
+            {name: headers.get(name.encode(), b"").decode("latin-1") for name in _NAMING}
+        )
+        began_s = time.monotonic()
+        status = 0
 
         async def told(message: Any) -> None:
-            nonlocal started
+            nonlocal status
             if message["type"] == "http.response.start":
-                started = True
-                message = {
-                    **message,
-                    "headers": [*message["headers"], (b"x-request-id", number.encode())],
-                }
-                self.responses[path if path in self._routes else "other", message["status"]] += 1
+                status = message["status"]
+                name = (REQUEST_ID_KEY.encode(), origin.request_id.encode())
+                message = {**message, "headers": [*message["headers"], name]}
+                self.responses[route, status] += 1
             await send(message)
 
         scope["app"] = self  # Has the router raise what it otherwise answers in plain text.
-        try:
-            self._let_in(scope, path)
-            await self._router(scope, receive, told)
-        except ClientGoneError:
-            await _abort(scope, receive)
-        except Exception as error:
-            refusal = refusal_of(error)
-            if started:
+        generating = path in self._generating
+        tracing = self._tracing if generating else None
+        with answering(tracing, f"POST {path}", origin) as request:
+            scope["state"]["origin"] = request.origin
+            try:
+                self._let_in(scope, path)
+                await self._router(scope, receive, told)
+            except ClientGoneError:
                 await _abort(scope, receive)
-                return
-            await _refuse(refusal, told)
+            except Exception as error:
+                request.failed(error)
+                refusal = refusal_of(error)
+                if status:
+                    await _abort(scope, receive)
+                else:
+                    await _refuse(refusal, told)
+            finally:
+                took_s = round(time.monotonic() - began_s, 6)
+                level = logging.INFO if generating else logging.DEBUG
+                fields = {"route": route, "status": status, "took_s": took_s}
+                _log.log(level, "answered", extra=fields)
+                request.tell({"http.route": route, "http.response.status_code": status})
 
     def _let_in(self, scope: Scope, path: str) -> None:
         scope["state"]["key"] = ANYBODY

@@ -24,7 +24,7 @@ from orchestrator.prefix_memory import Prefix
 from orchestrator.resuming import ResumePoint, ResumeRequest
 from orchestrator.takeover import Takeover
 from orchestrator.text import TextCodec
-from outrider.domain import ModelInfo
+from outrider.domain import ModelInfo, Origin
 from outrider.errors import InvalidRequest, OutriderError
 
 _MERGE_QUEUE = 64
@@ -57,28 +57,35 @@ class Completions(Generic[BodyT]):
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         key: ApiKey = scope["state"]["key"]
+        origin: Origin = scope["state"]["origin"]
         with self._limiter.admit(key, time.monotonic()):
             data = await self._bodies.read(scope, receive)
             try:
                 last_event = dict(scope["headers"]).get(b"last-event-id", b"").decode("latin-1")
-                await self._serve(data, key.name, last_event, receive, send)
+                await self._serve(data, key.name, last_event, receive, send, origin)
             except InvalidRequest as error:
                 name = field_name(error.field, chat=self._chat)
                 raise type(error)(name, error.message) from error
 
     async def _serve(
-        self, data: bytes, tenant: str, last_event: str, receive: Receive, send: Send
+        self,
+        data: bytes,
+        tenant: str,
+        last_event: str,
+        receive: Receive,
+        send: Send,
+        origin: Origin,
     ) -> None:
         asked = self._read(parse(self._kind, data), tenant)
         begun: tuple[KnownPosition, ...] = ()
         if last_event:
-            job, generation, begun = await self._resumed(asked, tenant, last_event)
+            job, generation, begun = await self._resumed(asked, tenant, last_event, origin)
             jobs, codec = [job], self._fleet.codec(job.info)
             generating = self._ending([generation])
         else:
             jobs, codec = await self._jobs(asked, len(data))
             prefixes = [await self._driver.placer.find(job) for job in jobs]
-            generating = self._generating(jobs, prefixes)
+            generating = self._generating(jobs, prefixes, origin)
         with generating as generations:
             leaving = asyncio.create_task(self._watch(receive, generations))
             try:
@@ -87,7 +94,7 @@ class Completions(Generic[BodyT]):
                 leaving.cancel()
 
     async def _resumed(
-        self, asked: Asked, tenant: str, last_event: str
+        self, asked: Asked, tenant: str, last_event: str, origin: Origin
     ) -> tuple[Job, Generation, tuple[KnownPosition, ...]]:
         """Go on after an event that the client has; the request must be the one it began with."""
         if not asked.form.stream:
@@ -99,7 +106,8 @@ class Completions(Generic[BodyT]):
         }
         job, generation = await self._takeover.resume(
             # Whoever has an event has the prompt's log-probabilities, which come before.
-            ResumeRequest(number, tenant, points, prompt_logprobs_known=True)
+            ResumeRequest(number, tenant, points, prompt_logprobs_known=True),
+            origin,
         )
         return job, generation, positions
 
@@ -126,12 +134,12 @@ class Completions(Generic[BodyT]):
 
     @contextlib.contextmanager
     def _generating(
-        self, jobs: Sequence[Job], prefixes: Sequence[Prefix]
+        self, jobs: Sequence[Job], prefixes: Sequence[Prefix], origin: Origin
     ) -> Iterator[list[Generation]]:
         generations: list[Generation] = []
         with self._ending(generations):
             for job, prefix in zip(jobs, prefixes, strict=True):
-                generations.append(self._driver.generate(job, prefix))
+                generations.append(self._driver.generate(job, prefix, origin))
             yield generations
 
     async def _watch(self, receive: Receive, generations: Sequence[Generation]) -> None:

@@ -20,7 +20,7 @@ from prometheus_client.registry import Collector
 
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
-from orchestrator.meters import Histogram
+from orchestrator.meters import LOOKUP_S, Histogram
 from orchestrator.workers import LinkState
 from outrider.domain import SpeculationCounters
 
@@ -35,6 +35,8 @@ NAMES: Mapping[str, str] = {
     "proposer_draft_tokens_total": "How many guesses of each proposer and version were verified?",
     "proposer_accepted_tokens_total": "How many of them were right?",
     "accepted_tokens_per_position_total": "How deep do guesses stay right? Position 0 is next.",
+    "fallback_rounds_total": "How many verify steps had nobody to guess for them: switched off by"
+    " the request (off), or no drafter that pays (unbound)?",
     "received_draft_tokens_total": "How many guesses reached a verifier, verified or not?",
     "stale_proposals_total": "How many drafts were dropped whole, and why?",
     "dropped_draft_tokens_total": "How many single guesses were dropped, and why?",
@@ -48,8 +50,14 @@ NAMES: Mapping[str, str] = {
     "speculation_length": "How many guesses does a session bring into a step, on average?",
     "estimated_speedup_ratio": "How much faster is a session than without guesses, by its steps?",
     "sessions": "How many sessions does each role hold for this orchestrator?",
+    "unread_answers": "How many answers are complete and wait for clients that read slowly?",
     "queue_depth": "How many admitted sessions wait for room for their KV?",
     "kv_tokens_used": "How many tokens of KV are in use, by verifier?",
+    "kv_used_ratio": "How full is a verifier's KV? As it told Redis; nothing without.",
+    "kvindex_lookups_total": "How often was Redis asked who holds a prompt's beginning, and was it"
+    " in time, late, or (being slow) not waited for?",
+    "kvindex_lookup_seconds": "How long does such an answer take?",
+    "kvindex_degraded": "Is placement going on without knowing who holds what?",
     "engine_silence_seconds": "For how long has a verifier with sessions taken no step?",
     "workers": "How many workers are known, by role and state?",
     "draining": "Is this orchestrator about to stop?",
@@ -89,8 +97,21 @@ class Exposition(Collector):
         yield from self._of_requests()
         yield from self._of_speculation(counters)
         yield from self._of_workers(counters)
+        yield from self._of_the_index()
         if self._vllm_names:
             yield from self._under_vllm_names(counters)
+
+    def _of_the_index(self) -> Iterator[Metric]:
+        lookup = self._driver.placer.lookup
+        outcomes: dict[str, int] = {}
+        if lookup is not None:
+            in_time = lookup.asked - lookup.late
+            outcomes = {"in_time": in_time, "late": lookup.late, "skipped": lookup.skipped}
+        yield _counter("kvindex_lookups_total", "outcome", outcomes.items())
+        took_s = Histogram(LOOKUP_S) if lookup is None else lookup.took_s
+        name = "kvindex_lookup_seconds"
+        yield _histogram(PREFIX + name, NAMES[name], took_s)
+        yield _gauge("kvindex_degraded", [], [((), float(lookup is not None and lookup.slow))])
 
     def _of_requests(self) -> Iterator[Metric]:
         meters = self._driver.meters
@@ -122,6 +143,7 @@ class Exposition(Collector):
         yield _counter("accepted_tokens_per_position_total", "position", positions)
         yield _counter("stale_proposals_total", "reason", counters.dropped_drafts.items())
         yield _counter("dropped_draft_tokens_total", "reason", counters.dropped_nodes.items())
+        yield _counter("fallback_rounds_total", "reason", meters.fallback_rounds.items())
         family = CounterMetricFamily(
             PREFIX + "session_migrations",
             NAMES["session_migrations_total"],
@@ -162,10 +184,13 @@ class Exposition(Collector):
             (("orchestrator",), self._driver.load),
         ]
         yield _gauge("sessions", ["role"], held)
+        yield _gauge("unread_answers", [], [((), float(self._driver.unread))])
         waiting = sum(verifier.step.waiting for verifier in busy)
         yield _gauge("queue_depth", ["role"], [(("verifier",), waiting)])
         used = [((verifier.address,), verifier.step.kv_tokens_used) for verifier in busy]
         yield _gauge("kv_tokens_used", ["verifier"], used)
+        shares = [((address,), share) for address, share in fleet.kv_shares().items()]
+        yield _gauge("kv_used_ratio", ["verifier"], shares)
         now_s = time.monotonic()
         silence = [
             ((verifier.address,), now_s - verifier.stepped_s if verifier.sessions else 0.0)

@@ -27,6 +27,7 @@ def http_options(command: Callable[..., Any]) -> Callable[..., Any]:
         http_private_key: Path | None,
         http_keys: Path | None,
         http_open: bool,
+        http_connections_max: int,
         http_body_max: int,
         http_write_timeout: float,
         metrics_compat: str,
@@ -43,6 +44,7 @@ def http_options(command: Callable[..., Any]) -> Callable[..., Any]:
                 keys=http_keys,
                 open_to_all=http_open,
                 vllm_metrics=metrics_compat == "vllm",
+                connections_max=http_connections_max,
                 body_bytes_max=http_body_max,
                 write_timeout_s=http_write_timeout,
             )
@@ -74,6 +76,13 @@ def http_options(command: Callable[..., Any]) -> Callable[..., Any]:
             "--http-open",
             is_flag=True,
             help="Serve other machines although TLS or keys are missing.",
+        ),
+        click.option(
+            "--http-connections-max",
+            type=click.IntRange(min=1),
+            default=_DEFAULT.connections_max,
+            show_default=True,
+            help="Connections at once; more are answered 503.",
         ),
         click.option(
             "--http-body-max",

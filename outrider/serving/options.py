@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar, cast
@@ -10,6 +11,8 @@ from typing import Any, TypeVar, cast
 import click
 
 from outrider.config import DEFAULT_CACHE, Tls
+from outrider.errors import OutriderError
+from outrider.serving.logs import LogFormat, configure_logging
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -21,8 +24,29 @@ def apply(command: F, *options: Callable[[Any], Any]) -> F:
     return command
 
 
-def logging_options(command: F) -> F:
-    """Add --log-level and --log-format."""
+def service_options(service: str) -> Callable[[F], F]:
+    """Add what every service has: --log-level, --log-format and --otlp-endpoint.
+
+    The command finds its logs configured and gets `otlp_endpoint`, perhaps None. Errors of ours
+    end the process with status 2 and one line.
+    """
+
+    def decorate(command: F) -> F:
+        @functools.wraps(command)
+        def with_logs(*, log_level: str, log_format: LogFormat, **others: Any) -> Any:
+            configure_logging(service, level=log_level, fmt=log_format)
+            try:
+                return command(**others)
+            except OutriderError as error:
+                click.echo(f"error: {error}", err=True)
+                sys.exit(2)
+
+        return _with_service_options(cast(F, with_logs))
+
+    return decorate
+
+
+def _with_service_options(command: F) -> F:
     return apply(
         command,
         click.option(
@@ -31,6 +55,7 @@ def logging_options(command: F) -> F:
             default="info",
             envvar="OUTRIDER_LOG_LEVEL",
             show_default=True,
+            help="What is logged at least; never a prompt or an answer.",
         ),
         click.option(
             "--log-format",
@@ -38,6 +63,13 @@ def logging_options(command: F) -> F:
             default="text",
             envvar="OUTRIDER_LOG_FORMAT",
             show_default=True,
+            help="Lines for people, or a JSON object each.",
+        ),
+        click.option(
+            "--otlp-endpoint",
+            envvar="OUTRIDER_OTLP_ENDPOINT",
+            help="Send traces to this OpenTelemetry collector, http://host:4317 (OTLP over gRPC)."
+            " Needs outrider[otel].  [default: no traces]",
         ),
     )
 

@@ -7,6 +7,7 @@ that clients need not parse messages.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import logging
 import math
@@ -66,21 +67,36 @@ async def status_of_errors(
     try:
         yield
     except OutriderError as error:
-        metadata = [(ERROR_KEY, type(error).__name__)]
+        # Aborting would replace what was to be told anyway.
+        metadata = [*(context.trailing_metadata() or ()), (ERROR_KEY, type(error).__name__)]
         if isinstance(error, InvalidRequest):
             metadata.append((FIELD_KEY, error.field))
         if isinstance(error, Exhausted) and error.retry_after_s is not None:
             metadata.append((RETRY_KEY, str(math.ceil(error.retry_after_s * 1000))))
-        await context.abort(code_of(error), str(error), tuple(metadata))
+        await _abort(context, code_of(error), str(error), tuple(metadata))
     except (grpc.aio.AbortError, grpc.aio.UsageError):
         raise
     except Exception:
         incident = uuid.uuid4().hex[:8]
         _log.exception("internal error, incident %s", incident)
-        await context.abort(
+        await _abort(
+            context,
             grpc.StatusCode.INTERNAL,
             f"internal error; quote incident {incident} when you report it",
         )
+
+
+async def _abort(
+    context: grpc.aio.ServicerContext[Any, Any],
+    code: grpc.StatusCode,
+    text: str,
+    metadata: tuple[tuple[str, str], ...] = (),
+) -> None:
+    try:
+        await context.abort(code, text, metadata)
+    except grpc.aio.InternalError:
+        # The client has left, and nobody is there to be told.
+        raise asyncio.CancelledError from None
 
 
 def answered(error: grpc.aio.AioRpcError | grpc.RpcError) -> bool:

@@ -108,8 +108,8 @@ class WorkerEdge(worker_pb2_grpc.WorkerServiceServicer, abc.ABC, Generic[Request
         self,
         requests: AsyncIterator[RequestT],
         context: grpc.aio.ServicerContext[Any, Any],
-    ) -> AsyncIterator[list[OutputsT | None]]:
-        """Serve one stream: yields what piled up for it. The first batch is empty."""
+    ) -> AsyncIterator[tuple[int, list[OutputsT | None]]]:
+        """Serve one stream: yields its number and what piled up for it, first of all nothing."""
         connection = next(self._connections)
         mailbox: Mailbox[OutputsT | None] = Mailbox()
         async with status_of_errors(context):
@@ -121,9 +121,9 @@ class WorkerEdge(worker_pb2_grpc.WorkerServiceServicer, abc.ABC, Generic[Request
             reader = asyncio.create_task(self._read(first, requests, connection, mailbox))
             try:
                 # Goes out at once, so that the caller knows that the stream is up.
-                yield []
+                yield connection, []
                 while batch := await mailbox.take():
-                    yield batch
+                    yield connection, batch
                 if not self._ending:
                     await reader
             finally:

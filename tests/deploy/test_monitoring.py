@@ -112,3 +112,9 @@ def test_panels_do_not_overlap() -> None:
         assert place["x"] + place["w"] <= 24
         taken |= cells
     assert len({panel["id"] for panel in panels}) == len(panels)
+
+
+def test_every_metric_is_documented_by_its_question() -> None:
+    guide = (ROOT / "docs" / "observability.md").read_text()
+    for name, question in NAMES.items():
+        assert f"| `{PREFIX}{name}` | {question} |" in guide

@@ -144,6 +144,8 @@ def spoil_opening(draw: random.Random, message: verifier_pb2.OpenSession) -> Non
                 message.sampling.logit_bias[token] = draw.choice(_DOUBLES)
             case 5:
                 message.cache_salt = draw.choice(("x" * 256, "x" * 257, "\0"))
+                message.origin.request_id = draw.choice(("", "fine", "two\nlines", "x" * 129))
+                message.origin.traceparent = draw.choice(("", "nonsense", "x" * 10_000))
             case 6 | 7:
                 exaggerate(draw, message.sampling)
             case _:

@@ -119,6 +119,7 @@ async def test_every_parameter_reaches_the_verifier() -> None:
             logprobs=2,
             prompt_logprobs=2,
             cache_salt="tenant",
+            origin=spec.origin,
         )
 
 
@@ -469,3 +470,25 @@ async def test_request_times_are_counted_once_for_all_choices() -> None:
         assert dict(meters.requests) == {"length": 1}
         assert sum(meters.first_token_s.counts) == 3
         assert dataclasses.asdict(meters.ended)["verify_steps"] == 3
+
+
+async def test_a_timeline_comes_with_the_metrics() -> None:
+    async with serving() as (door, _):
+        wanted = {"speculative": {"timeline": True}}
+        whole = (await door.client.post(COMPLETE, json=body(**wanted))).json()
+        names = {event["name"] for event in whole["metrics"]["timeline"]["traceEvents"]}
+        assert {"process_name", "verifier chosen", "miss"} <= names
+        options = {**wanted, "stream_options": {"include_usage": True}}
+        told = await streamed(door.client, CHAT, chat(**options))
+        assert told[-2].data["metrics"]["timeline"]["traceEvents"]
+        plain = (await door.client.post(COMPLETE, json=body())).json()
+        assert "timeline" not in plain["metrics"]
+
+
+@pytest.mark.parametrize("options", [{"n": 2}, {"stream": True}, {"prompt": ["a", "b"]}])
+async def test_a_timeline_that_would_be_lost_is_refused(options: dict[str, Any]) -> None:
+    async with serving() as (door, _):
+        wanted = body(**options, speculative={"timeline": True})
+        response = await door.client.post(COMPLETE, json=wanted)
+        assert response.status_code == 400
+        assert response.json()["error"]["param"] == "speculative.timeline"

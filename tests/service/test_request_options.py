@@ -145,6 +145,7 @@ async def test_every_option_reaches_the_verifier() -> None:
             logprobs=0,
             prompt_logprobs=2,
             cache_salt="tenant",
+            origin=spec.origin,
         )
 
 

@@ -36,6 +36,7 @@ from outrider.model.language_model import LanguageModel
 from outrider.model.loading import load_language_model
 from outrider.model.threads import set_threads
 from outrider.serving.server import Server
+from outrider.serving.telemetry import Tracing
 from outrider.v1 import (
     drafter_pb2_grpc,
     generation_pb2_grpc,
@@ -96,6 +97,7 @@ async def verifier(
     rule: AcceptRule = accept_path,
     times: StepTimes | None = None,
     port: int = 0,
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[RunningVerifier]:
     """Run a verifier; by default one that verifies whatever it is offered."""
     config = config or EngineConfig(warm_up=False)
@@ -105,6 +107,7 @@ async def verifier(
         incarnation=secrets.token_hex(8),
         sessions_max=config.sessions_max,
         grammar_timeout_s=config.grammar_timeout_s,
+        tracing=tracing,
     )
     engine = Engine(model, config, service.emit, rule=rule, times=times or FlatTimes())
     service.attach(engine)
@@ -124,12 +127,18 @@ async def verifier(
 
 @contextlib.asynccontextmanager
 async def drafter(
-    proposer: Proposer, *, config: GrowingConfig | None = None
+    proposer: Proposer,
+    *,
+    config: GrowingConfig | None = None,
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[RunningDrafter]:
     """Run a drafter."""
     config = config or GrowingConfig()
     service = DrafterService(
-        proposer.info, incarnation=secrets.token_hex(8), sessions_max=config.sessions_max
+        proposer.info,
+        incarnation=secrets.token_hex(8),
+        sessions_max=config.sessions_max,
+        tracing=tracing,
     )
     grower = Grower(proposer, config, service.emit)
     service.attach(grower)
@@ -177,6 +186,7 @@ async def orchestrator(
     wait: bool = True,
     store: LeaseStore | None = None,
     journal: JournalConfig | None = None,
+    tracing: Tracing | None = None,
 ) -> AsyncIterator[RunningOrchestrator]:
     """Run an orchestrator over static addresses; waits until its workers are ready.
 
@@ -185,10 +195,11 @@ async def orchestrator(
     config = config or DriverConfig()
     fleet = Fleet("test", verifiers=verifiers, drafters=drafters)
     writer = None if store is None else JournalWriter(store, journal or JournalConfig())
-    driver = Driver(fleet, config, journal=writer)
+    driver = Driver(fleet, config, journal=writer, tracing=tracing)
     server = Server(ORCHESTRATOR_NAMES, host="127.0.0.1", port=0)
     generation_pb2_grpc.add_GenerationServiceServicer_to_server(
-        GenerationService(driver, fleet, config, Takeover(driver, fleet, store)), server.grpc
+        GenerationService(driver, fleet, config, Takeover(driver, fleet, store), tracing),
+        server.grpc,
     )
     if writer is not None:
         writer.start()

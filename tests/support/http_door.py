@@ -15,6 +15,7 @@ from orchestrator.http.app import Door
 from orchestrator.http.server import HttpServer
 from orchestrator.takeover import Takeover
 from outrider.journal import LeaseStore
+from outrider.serving.telemetry import Tracing
 from tests.support.fleet import RunningOrchestrator, orchestrator
 
 
@@ -37,6 +38,7 @@ async def http_door(
     wait: bool = True,
     store: LeaseStore | None = None,
     verify: Any = True,
+    tracing: Tracing | None = None,
     **settings: Any,
 ) -> AsyncIterator[RunningDoor]:
     """Run an orchestrator with an HTTP door; `settings` are those of `HttpConfig`.
@@ -45,9 +47,10 @@ async def http_door(
     """
     driver = driver or DriverConfig()
     config = HttpConfig(**{"host": "127.0.0.1", "port": 0, **settings})
-    async with orchestrator(verifiers, drafters, config=driver, wait=wait, store=store) as running:
+    options: dict[str, Any] = {"config": driver, "wait": wait, "store": store, "tracing": tracing}
+    async with orchestrator(verifiers, drafters, **options) as running:
         takeover = Takeover(running.driver, running.fleet, store)
-        door = Door(running.driver, running.fleet, takeover, driver, config)
+        door = Door(running.driver, running.fleet, takeover, driver, config, tracing)
         server = HttpServer(door, config)
         url = await server.start()
         try:

@@ -129,18 +129,21 @@ class ScriptedVerifier(
 ):
     """Records what it is asked, and says what the script says."""
 
-    def __init__(self, script: Script) -> None:
+    def __init__(self, script: Script, info: ModelInfo = INFO) -> None:
         self.opens: list[SessionSpec] = []
         self.aborts: list[tuple[int, int]] = []
         """(session, epoch)"""
         self._script = script
+        self._info = info
 
     async def GetModelInfo(
         self, request: worker_pb2.GetModelInfoRequest, context: Any
     ) -> worker_pb2.GetModelInfoResponse:
         """Say who this is."""
         return worker_pb2.GetModelInfoResponse(
-            info=wire.model_info_to_pb(INFO), incarnation=secrets.token_hex(8), sessions_max=100
+            info=wire.model_info_to_pb(self._info),
+            incarnation=secrets.token_hex(8),
+            sessions_max=100_000,
         )
 
     async def GetTokenizer(
@@ -173,9 +176,9 @@ class RunningScript:
 
 
 @contextlib.asynccontextmanager
-async def scripted_verifier(script: Script) -> AsyncIterator[RunningScript]:
+async def scripted_verifier(script: Script, info: ModelInfo = INFO) -> AsyncIterator[RunningScript]:
     """Serve a scripted verifier."""
-    verifier = ScriptedVerifier(script)
+    verifier = ScriptedVerifier(script, info)
     server = grpc.aio.server(options=(("grpc.so_reuseport", 0),))
     verifier_pb2_grpc.add_VerifierServiceServicer_to_server(verifier, server)
     worker_pb2_grpc.add_WorkerServiceServicer_to_server(verifier, server)

@@ -12,6 +12,7 @@ from outrider import wire
 from outrider.domain import (
     CANDIDATES_MAX,
     PROTOCOL_VERSION,
+    REQUEST_ID,
     BindSpec,
     Candidates,
     Commit,
@@ -20,6 +21,7 @@ from outrider.domain import (
     DraftBudget,
     FinishReason,
     ModelInfo,
+    Origin,
     Rejection,
     RejectionCode,
     Resync,
@@ -101,6 +103,12 @@ rejections = st.builds(
     current_epoch=uint32,
 )
 resyncs = st.builds(Resync, uint64, uint32, uint32, uint32)
+origins = st.builds(
+    Origin,
+    request_id=st.just("") | st.from_regex(REQUEST_ID, fullmatch=True),
+    traceparent=text,
+    tracestate=text,
+)
 sessions = st.builds(
     SessionSpec,
     session=uint64,
@@ -113,6 +121,7 @@ sessions = st.builds(
     stop_ids=st.frozensets(uint32, max_size=4),
     ignore_eos=st.booleans(),
     candidates=st.integers(0, CANDIDATES_MAX),
+    origin=origins,
 )
 budgets = st.builds(
     DraftBudget,
@@ -135,6 +144,7 @@ binds = st.builds(
     vocabulary_size=uint32,
     budget=budgets,
     cache_salt=text,
+    origin=origins,
 )
 
 

@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from outrider.serving.queues import Inbox, Mailbox
+from outrider.serving.queues import JOIN_AT, Inbox, Mailbox
 
 PATIENCE_S = 20.0
 """Nothing here takes this long unless it hangs."""
@@ -141,3 +141,31 @@ async def test_a_reader_that_gave_up_loses_nothing() -> None:
         await reader
     mailbox.put(1)
     assert await take(mailbox) == [1]
+
+
+async def test_a_mailbox_joins_what_its_reader_lets_pile_up() -> None:
+    box: Mailbox[str] = Mailbox(lambda items: ["".join(items)])
+    for index in range(10 * JOIN_AT):
+        box.put(str(index % 10))
+        assert box.waiting <= 2 * JOIN_AT
+    items = await box.take()
+    assert len(items) < 2 * JOIN_AT
+    assert "".join(items) == "0123456789" * JOIN_AT
+    box.put("next")
+    assert await box.take() == ["next"]
+
+
+async def test_what_cannot_be_joined_is_not_looked_at_each_time() -> None:
+    looked = 0
+
+    def join(items: list[int]) -> list[int]:
+        nonlocal looked
+        looked += len(items)
+        return items
+
+    box: Mailbox[int] = Mailbox(join)
+    count = 100 * JOIN_AT
+    for item in range(count):
+        box.put(item)
+    assert looked < 2 * count
+    assert await box.take() == list(range(count))
