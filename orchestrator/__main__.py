@@ -40,6 +40,7 @@ _LIMITS = DriverConfig().budget_limits
     type=click.IntRange(min=0),
     default=DriverConfig.drafters_per_session,
     show_default=True,
+    help="Drafters that guess for one session at once, at most; 0: nobody guesses.",
 )
 @click.option(
     "--draft-nodes-max",

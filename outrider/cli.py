@@ -197,9 +197,22 @@ def local_options(command: F) -> F:
             type=click.Choice(["auto", "cpu", "cuda"]),
             default="auto",
             show_default=True,
+            help="Where models run; auto takes a GPU if there is one.",
         ),
-        click.option("--verifiers", type=click.IntRange(1, 64), default=1, show_default=True),
-        click.option("--drafters", type=click.IntRange(0, 64), default=2, show_default=True),
+        click.option(
+            "--verifiers",
+            type=click.IntRange(1, 64),
+            default=1,
+            show_default=True,
+            help="Processes with the target model.",
+        ),
+        click.option(
+            "--drafters",
+            type=click.IntRange(0, 64),
+            default=2,
+            show_default=True,
+            help="Processes that guess; 0 decodes without speculation.",
+        ),
         click.option(
             "--draft-model",
             help="Draft model with the target's tokenizer; every other drafter runs it, the "

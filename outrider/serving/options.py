@@ -211,6 +211,7 @@ def engine_options(command: F) -> F:
             type=click.Choice(["auto", "cpu", "cuda"]),
             default="auto",
             show_default=True,
+            help="Where the model runs; auto takes a GPU if there is one.",
         ),
         click.option(
             "--threads",
