@@ -120,11 +120,11 @@ class Datastore:
     def _occurrences(self, wanted: Sequence[int]) -> Match:
         pattern = struct.pack(f">{len(wanted)}I", *wanted)
         data, start, width = self._data, self._start, len(pattern)
-        tokens_end = start + _ID_BYTES * self.header.tokens
 
         def prefix(suffix: np.uint32) -> bytes:
             at = start + _ID_BYTES * int(suffix)
-            return data[at : min(at + width, tokens_end)]
+            # Behind the last document come bytes that are none of ids, after its separator.
+            return data[at : at + width]
 
         # The stubs know lists only; an array is a sequence as well.
         suffixes: Sequence[np.uint32] = self._suffixes  # type: ignore[assignment]

@@ -46,6 +46,13 @@ def test_suffixes_are_sorted_by_their_beginnings_and_equal_ones_by_place(text: l
     assert sorted_suffixes(tokens).tolist() == expected
 
 
+def test_equal_beginnings_stay_in_the_order_of_the_text() -> None:
+    tokens = np.array([*[1] * 5_000, 9], np.uint32)
+    order = sorted_suffixes(tokens).tolist()
+    # All but the last few begin with sixteen ones, and these go on with the greatest id.
+    assert order == [*range(5_000), 5_000]
+
+
 def brute_force(documents: Sequence[Sequence[int]], context: Sequence[int]) -> tuple[int, int]:
     """Length of the longest end of the context that occurs in a document, and how often."""
     for length in range(min(len(context), MATCH_MAX), 0, -1):

@@ -55,10 +55,10 @@ def test_what_was_said_last_counts() -> None:
 
 
 def test_probable_branches_grow_first() -> None:
-    proposer = taught((1, (2, 3)), (2, (1, 3)), (3, (1, 2)))
-    mirror = opened(proposer, mirror_of(1, nodes_max=3))
-    # 2 has 0.4; below it 1 has 0.16; 3 has 0.2 and comes in between.
-    assert paths(mirror) == {(2, 1), (3,)}
+    proposer = taught((1, (2, 3, 4)), (2, (5,)), (5, (6,)), (4, (7,)))
+    mirror = opened(proposer, mirror_of(1, nodes_max=5))
+    # 2, 5 has 0.16, and 4 has 0.1: what may follow 4 must wait although it lies less deep.
+    assert paths(mirror) == {(2, 5, 6), (3,), (4,)}
 
 
 def test_the_budget_and_the_vocabulary_bound_the_walk() -> None:
