@@ -10,7 +10,7 @@ import click
 
 from orchestrator.config import DriverConfig, HttpConfig, JournalConfig, OrchestratorConfig
 from orchestrator.http.options import http_options
-from outrider.domain import DraftBudget
+from outrider.domain import TENANT_WEIGHT_MAX, DraftBudget
 from outrider.errors import OutriderError
 from outrider.serving.logs import configure_logging
 from outrider.serving.loops import run
@@ -64,6 +64,14 @@ _LIMITS = DriverConfig().budget_limits
     default=_LIMITS.width_max,
     show_default=True,
     help="Guesses after one token, at most.",
+)
+@click.option(
+    "--tenant-weight",
+    "tenant_weights",
+    type=(str, click.FloatRange(min=0, min_open=True, max=TENANT_WEIGHT_MAX)),
+    multiple=True,
+    metavar="TENANT WEIGHT",
+    help="A tenant's share in drafters beside the others', who have 1; repeatable.",
 )
 @click.option(
     "--verifier-timeout",
@@ -124,6 +132,7 @@ def command(
     draft_nodes_max: int,
     draft_depth_max: int,
     draft_width_max: int,
+    tenant_weights: tuple[tuple[str, float], ...],
     verifier_timeout_s: float,
     worker_timeout_s: float,
     failover_wait_s: float,
@@ -144,6 +153,7 @@ def command(
             budget_limits=DraftBudget(
                 nodes_max=draft_nodes_max, depth_max=draft_depth_max, width_max=draft_width_max
             ),
+            tenant_weights=dict(tenant_weights),
             verifier_timeout_s=verifier_timeout_s,
             worker_timeout_s=worker_timeout_s,
             failover_wait_s=failover_wait_s,

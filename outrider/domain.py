@@ -31,6 +31,7 @@ LOGPROBS_MAX = 20
 CANDIDATES_MAX = 32
 GRAMMAR_BYTES_MAX = 1 << 16
 CACHE_SALT_BYTES_MAX = 256
+TENANT_WEIGHT_MAX = 1_000.0
 
 
 class FinishReason(enum.Enum):
@@ -352,6 +353,18 @@ class BindSpec:
     budget: DraftBudget
     cache_salt: str = ""
     """Sessions share KV of equal prefixes only within one salt."""
+    tenant: str = ""
+    """Whose it is; drafters share their work out among tenants."""
+    tenant_weight: float = 1.0
+    """That tenant's share beside the others'; range (0, `TENANT_WEIGHT_MAX`]."""
+
+    def __post_init__(self) -> None:
+        # Written so that NaN is refused.
+        if not 0.0 < self.tenant_weight <= TENANT_WEIGHT_MAX:
+            raise InvalidRequest(
+                "tenant_weight",
+                f"must lie above 0 and at most at {TENANT_WEIGHT_MAX:g}, got {self.tenant_weight}",
+            )
 
 
 class RejectionCode(enum.Enum):

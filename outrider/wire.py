@@ -484,6 +484,8 @@ def bind_to_pb(spec: BindSpec) -> drafter_pb2.BindSession:
         vocabulary_size=spec.vocabulary_size,
         budget=budget_to_pb(spec.budget),
         cache_salt=spec.cache_salt,
+        tenant=spec.tenant,
+        tenant_weight=spec.tenant_weight,
     )
 
 
@@ -501,6 +503,8 @@ def bind_from_pb(message: drafter_pb2.BindSession) -> BindSpec:
         vocabulary_size=message.vocabulary_size,
         budget=budget_from_pb(message.budget) if message.HasField("budget") else DraftBudget(),
         cache_salt=message.cache_salt,
+        tenant=message.tenant,
+        tenant_weight=message.tenant_weight if message.HasField("tenant_weight") else 1.0,
     )
 
 
