@@ -236,9 +236,10 @@ def _coupling(
     parts = []
     for known in decided(target, _specs(target, prompts, _SAMPLED), each * stride):
         text, begin = (*known.spec.prompt, *known.text), len(known.spec.prompt)
-        logits = (logits_along(model, text, begin, stride) for model in (target, draft))
+        likely = logits_along(target, text, begin, stride)
+        guessed = logits_along(draft, text, begin, stride)
         positions = range(begin + 1, len(text) + 1, stride)
-        parts.append(measure_coupling(*logits, positions, _SAMPLED, effort.draws))
+        parts.append(measure_coupling(likely, guessed, positions, _SAMPLED, effort.draws))
     # Texts have the same number of contexts each, so that means of means are means.
     return Coupling(
         contexts=sum(part.contexts for part in parts),

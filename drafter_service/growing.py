@@ -178,8 +178,8 @@ class Grower:
             case SetBudget(connection, session, binding, budget):
                 self._set_budget((connection, session), binding, self._bounded(budget))
             case Unbind(connection, session, binding):
-                spec = self._spec((connection, session))
-                if spec is not None and spec.binding <= binding:
+                known = self._spec((connection, session))
+                if known is not None and known.binding <= binding:
                     self._forget((connection, session))
             case Disconnect(connection):
                 for key in self._shelf.of_connection(connection):

@@ -21,11 +21,12 @@ SAMPLED = SamplingParams(temperature=1.0)
 
 def plainly(target: np.ndarray, draft: np.ndarray) -> float:
     """The formula as it stands."""
-    return sum(
-        1.0 / sum(max(p / target[v], q / draft[v]) for p, q in zip(target, draft, strict=True))
-        for v in range(len(target))
-        if target[v] > 0 and draft[v] > 0
-    )
+    total = 0.0
+    for likely, guessed in zip(target.tolist(), draft.tolist(), strict=True):
+        if likely > 0 and guessed > 0:
+            pairs = zip(target.tolist(), draft.tolist(), strict=True)
+            total += 1.0 / sum(max(p / likely, q / guessed) for p, q in pairs)
+    return total
 
 
 @pytest.mark.parametrize("seed", range(6))
