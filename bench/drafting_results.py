@@ -191,7 +191,7 @@ def markdown(results: Results) -> str:
             (
                 one.agree,
                 f"{one.verify_ms:g}",
-                f"{one.draft_ms:g}",
+                f"{one.draft_ms:.2f}",
                 f"{one.tau:.2f}",
                 f"{one.ready_on_path:.3f}",
                 f"{one.ready:.3f}",
