@@ -25,6 +25,8 @@ PATIENCE_S = 60.0
 BUDGET = DraftBudget(nodes_max=9, depth_max=9, flush_interval_s=0.0)
 MIRRORS_BYTES = 2 << 20
 """Some sixty sessions."""
+ASIDE_BYTES = 1_000
+"""What is left of one that was put aside; a mirror takes more than thirty times as much."""
 
 
 def text_of(session: int) -> tuple[int, ...]:
@@ -124,8 +126,8 @@ def test_memory_is_bounded_and_each_session_still_drafts_when_it_goes_on(
                 assert all(33 <= token < 127 for token in draft.tokens)
         gc.collect()
         used, peak = tracemalloc.get_traced_memory()
-        assert used < MIRRORS_BYTES
-        assert peak < 2 * MIRRORS_BYTES
+        assert used < MIRRORS_BYTES + SESSIONS * ASIDE_BYTES
+        assert peak < 2 * (MIRRORS_BYTES + SESSIONS * ASIDE_BYTES)
         assert drafter.rejected == []
     finally:
         tracemalloc.stop()
