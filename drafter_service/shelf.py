@@ -2,9 +2,9 @@
 
 A mirror with its guesses and whatever its proposer knows of it takes up to a megabyte, and most
 sessions of a drafter with thousands of them are idle at any time: their verifier has other work, or
-their client is slow to read. Tokens are the truth, four bytes each and less than a kilobyte a session; all else is
-rebuilt from them when the session goes on. Tokens of those put aside have a bound of their own, beyond which the
-oldest are given up.
+their client is slow to read. Tokens are the truth, four bytes each and less than a kilobyte a
+session; all else is rebuilt from them when the session goes on. Tokens of those put aside have a
+bound of their own, beyond which the oldest are given up.
 """
 
 from __future__ import annotations
