@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test node fuzz chaos demo serve bench bench-verifier bench-pipeline bench-placement bench-http peers images manifests deploy-local clean lock
+.PHONY: help install proto format lint test node fuzz chaos demo serve bench bench-verifier bench-pipeline bench-drafters bench-placement bench-http peers images manifests deploy-local clean lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -79,6 +79,9 @@ bench-verifier: install ## Measure the verifier beside its peers (BENCH_ARGS="--
 
 bench-pipeline: install ## Measure pipelining over emulated links (BENCH_ARGS="--quick --parts rtt,fleet")
 	@$(BIN)/python -m bench.pipeline $(BENCH_ARGS)
+
+bench-drafters: install ## Measure drafters: tau, calibration, coupling (BENCH_ARGS="--quick --drafter DIR")
+	@$(BIN)/python -m bench.drafting $(BENCH_ARGS)
 
 bench-placement: install ## Measure placement by KV and its index in Redis (BENCH_ARGS="--quick")
 	@$(BIN)/python -m bench.placement $(BENCH_ARGS)

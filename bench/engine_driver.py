@@ -5,13 +5,20 @@ from __future__ import annotations
 import itertools
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from bench.rates import Run
-from outrider.domain import Commit, CommitReport, SamplingParams, SessionSpec
+from outrider.domain import (
+    Candidates,
+    Commit,
+    CommitReport,
+    SamplingParams,
+    SessionSpec,
+    StepReport,
+)
 from outrider.model.language_model import LanguageModel
 from outrider.wire import draft_from_bytes
 from verifier_service.config import EngineConfig
@@ -19,6 +26,8 @@ from verifier_service.engine import Engine
 from verifier_service.messages import Abort, Offer, Open, Outputs
 
 T = TypeVar("T")
+
+GREEDY = SamplingParams(temperature=0.0)
 
 _CONNECTION = 1
 _EPOCH = 1
@@ -66,6 +75,7 @@ class Trace:
     ids: list[int] = field(default_factory=list)
     accepted: int = 0
     """Draft tokens accepted so far."""
+    accepted_by_source: dict[int, int] = field(default_factory=dict)
     finished: bool = False
 
 
@@ -75,6 +85,10 @@ class EngineDriver:
     def __init__(self, model: LanguageModel, config: EngineConfig, thread: ModelThread) -> None:
         self.steps: list[tuple[float, int]] = []
         """(end, tokens committed) of each step that committed something."""
+        self.reports: list[StepReport] = []
+        """What the engine says of its steps, in order; whoever needs them clears them."""
+        self.candidates: Mapping[int, Candidates] = {}
+        """Of the step whose commits are being told, by session."""
         self.kv_tokens_used_max = 0
         self.on_commits: Callable[[list[tuple[int, Commit, Trace]]], None] | None = None
         """Told of a step's commits at once, on the engine's thread: must be quick."""
@@ -86,10 +100,19 @@ class EngineDriver:
         thread.run(self.engine.warm_up)
         self.engine.start(thread)
 
-    def open(self, prompt: Sequence[int], tokens_max: int, salt: str) -> int:
-        """Open a greedy session that ignores the end of the text; returns its number.
+    def open(
+        self,
+        prompt: Sequence[int],
+        tokens_max: int,
+        salt: str,
+        sampling: SamplingParams = GREEDY,
+        seed: int = 1,
+        candidates: int = 0,
+    ) -> int:
+        """Open a session that ignores the end of the text; returns its number.
 
-        Only sessions of the same salt may share KV of equal prefixes.
+        Only sessions of the same salt may share KV of equal prefixes. `candidates` are the
+        target's most probable ids, as many as are wanted of every node.
         """
         number = next(self._numbers)
         spec = SessionSpec(
@@ -97,21 +120,22 @@ class EngineDriver:
             epoch=_EPOCH,
             prompt=tuple(prompt),
             committed=(),
-            sampling=SamplingParams(temperature=0.0),
-            seed=1,
+            sampling=sampling,
+            seed=seed,
             tokens_max=tokens_max,
             ignore_eos=True,
             cache_salt=salt,
+            candidates=candidates,
         )
         with self._changed:
             self._traces[number] = Trace(time.perf_counter(), spec.prompt)
         self.engine.submit(Open(_CONNECTION, spec))
         return number
 
-    def offer(self, session: int, data: bytes) -> None:
+    def offer(self, session: int, data: bytes, source: int = _SOURCE) -> None:
         """Hand a serialized draft in, as the edge does."""
-        if not self.engine.passes_over(_CONNECTION, session, _SOURCE):
-            self.engine.submit(Offer(_CONNECTION, session, _SOURCE, draft_from_bytes(data)))
+        if not self.engine.passes_over(_CONNECTION, session, source):
+            self.engine.submit(Offer(_CONNECTION, session, source, draft_from_bytes(data)))
 
     def trace(self, session: int) -> Trace:
         """What became of a session; changes while it runs."""
@@ -170,9 +194,11 @@ class EngineDriver:
                 self._record(now, number, commit, report)
             if mine.commits:
                 self.steps.append((now, sum(len(c.tokens) for _, c, _ in mine.commits)))
+                self.candidates = mine.candidates
                 if self.on_commits is not None:
                     self.on_commits([(n, c, self._traces[n]) for n, c, _ in mine.commits])
             if mine.step is not None:
+                self.reports.append(mine.step)
                 self.kv_tokens_used_max = max(self.kv_tokens_used_max, mine.step.kv_tokens_used)
             self._changed.notify_all()
 
@@ -181,4 +207,5 @@ class EngineDriver:
         trace.commits.append((now, len(commit.tokens)))
         trace.ids.extend(commit.tokens)
         trace.accepted = report.counters.accepted_draft_tokens
+        trace.accepted_by_source = dict(report.counters.accepted_by_source)
         trace.finished = commit.last

@@ -63,7 +63,14 @@ from outrider.serving.options import (
     type=click.IntRange(min=1),
     default=GrowingConfig.sessions_max,
     show_default=True,
-    help="Sessions mirrored at once; more are refused.",
+    help="Sessions mirrored at once, most of them idle; more are refused.",
+)
+@click.option(
+    "--mirrors-mib",
+    type=click.IntRange(min=1),
+    default=GrowingConfig.mirrors_bytes_max >> 20,
+    show_default=True,
+    help="Memory of mirrors in MiB, estimated; idle ones beyond it are rebuilt when they go on.",
 )
 @click.option(
     "--step-delay",
@@ -75,6 +82,7 @@ from outrider.serving.options import (
 @service_options("drafter")
 def command(
     sessions_max: int,
+    mirrors_mib: int,
     step_delay_s: float,
     worker_id: str | None,
     **options: Any,
@@ -94,7 +102,11 @@ def command(
     """
     config = DrafterConfig(
         worker_id=worker_id or f"drafter-{secrets.token_hex(4)}",
-        growing=GrowingConfig(sessions_max=sessions_max, step_delay_s=step_delay_s),
+        growing=GrowingConfig(
+            sessions_max=sessions_max,
+            mirrors_bytes_max=mirrors_mib << 20,
+            step_delay_s=step_delay_s,
+        ),
         **options,
     )
     try:

@@ -35,8 +35,12 @@ def stages_of(proposer: str) -> tuple[str, ...]:
 class GrowingConfig:
     """Bounds of the growing thread."""
 
-    sessions_max: int = 256
-    """Mirrors held at once; more are refused."""
+    sessions_max: int = 4_096
+    """Sessions mirrored at once, most of them idle; more are refused."""
+    mirrors_bytes_max: int = 512 << 20
+    """Memory of mirrors, estimated; idle ones beyond it are put aside as bare tokens."""
+    aside_tokens_max: int = 1 << 24
+    """Tokens of those put aside, four bytes each; the oldest beyond it are given up."""
     nodes_max: int = 1_024
     """Live nodes of a session, whatever its budget asks for."""
     depth_max: int = 64

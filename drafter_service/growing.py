@@ -12,10 +12,11 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from concurrent.futures import Executor, Future, ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
+from drafter_service.admission import bind_fault, known_ids, rejection, wrong_id
 from drafter_service.config import GrowingConfig
 from drafter_service.messages import (
     Bind,
@@ -29,6 +30,7 @@ from drafter_service.messages import (
 )
 from drafter_service.mirror import GapError, Mirror
 from drafter_service.proposers.base import CandidateTaker, Proposer
+from drafter_service.shelf import Key, Shelf
 from outrider.domain import (
     BindSpec,
     Commit,
@@ -74,7 +76,7 @@ class Grower:
         self._config = config
         self._emit = emit
         self._inbox: Inbox[Command | Swap] = Inbox(droppable_max=0)
-        self._mirrors: dict[tuple[int, int], Mirror] = {}
+        self._shelf = Shelf(config.mirrors_bytes_max, config.aside_tokens_max)
         self._outputs: dict[int, Outputs] = {}
         self._draining = False
         self._step: GrowReport | None = None
@@ -104,8 +106,8 @@ class Grower:
 
     @property
     def load(self) -> int:
-        """Sessions mirrored."""
-        return len(self._mirrors)
+        """Sessions mirrored, idle ones included."""
+        return len(self._shelf)
 
     # --- the thread ---
 
@@ -118,11 +120,15 @@ class Grower:
                 except Exception:
                     # One bad message must not end the thread that serves everybody.
                     _log.exception("command failed: %s", type(command).__name__)
-            busy = bool(self._mirrors) and self._grow()
+                # After each: a thousand may have come at once.
+                self._bound_memory()
+            busy = self._grow()
             self._flush(everything=not busy)
 
     def _grow(self) -> bool:
-        mirrors = list(self._mirrors.values())
+        mirrors = self._shelf.live
+        if not mirrors:
+            return False
         started_s = time.perf_counter()
         try:
             busy = self._proposer.grow(mirrors)
@@ -143,7 +149,7 @@ class Grower:
 
     def _flush(self, *, everything: bool) -> None:
         now_s = time.monotonic()
-        for mirror in self._mirrors.values():
+        for mirror in self._shelf.live:
             if not mirror.fresh:
                 continue
             if not everything and now_s - mirror.flushed_s < mirror.budget.flush_interval_s:
@@ -167,29 +173,21 @@ class Grower:
         match command:
             case Bind(connection, spec):
                 self._bind(connection, spec)
-            case Follow(connection, session):
-                mirror = self._mirrors.get((connection, session))
-                if mirror is not None:
-                    self._hear(mirror, command)
+            case Follow():
+                self._hear(command)
             case SetBudget(connection, session, binding, budget):
-                mirror = self._mirrors.get((connection, session))
-                if mirror is not None and mirror.spec.binding == binding:
-                    mirror.set_budget(self._bounded(budget))
+                self._set_budget((connection, session), binding, self._bounded(budget))
             case Unbind(connection, session, binding):
-                mirror = self._mirrors.get((connection, session))
-                if mirror is not None and mirror.spec.binding <= binding:
-                    self._close(mirror)
+                known = self._spec((connection, session))
+                if known is not None and known.binding <= binding:
+                    self._forget((connection, session))
             case Disconnect(connection):
-                self._disconnect(connection)
+                for key in self._shelf.of_connection(connection):
+                    self._forget(key)
             case Drain():
                 self._draining = True
             case Swap():
                 self._swap(command)
-
-    def _disconnect(self, connection: int) -> None:
-        for mirror in list(self._mirrors.values()):
-            if mirror.connection == connection:
-                self._close(mirror)
 
     def _swap(self, command: Swap) -> None:
         """Go on with another proposer; whatever is wrong with it, sessions keep the old one."""
@@ -202,7 +200,7 @@ class Grower:
         except Exception as error:
             _log.error("the old version goes on, since the new one cannot be used: %s", error)
             return
-        mirrors = list(self._mirrors.values())
+        mirrors = self._shelf.live
         for mirror in mirrors:
             self._free(mirror)
         self._proposer = new
@@ -210,7 +208,7 @@ class Grower:
         self._step, self._step_s = None, 0.0
         command.swapped(new)
         for mirror in mirrors:
-            mirror.restart(self._vocabulary_size(mirror.spec))
+            mirror.restart(known_ids(mirror.spec, new.info))
             try:
                 new.open(mirror)
             except Exception:
@@ -218,59 +216,66 @@ class Grower:
         _log.info("swapped: %s, version %s", new.info.model, new.info.model_fingerprint[:12])
 
     def _bind(self, connection: int, spec: BindSpec) -> None:
-        known = self._mirrors.get((connection, spec.session))
+        known = self._spec((connection, spec.session))
         if known is not None:
-            if spec.binding <= known.spec.binding:
+            if spec.binding <= known.binding:
                 return
-            self._close(known)
+            self._forget((connection, spec.session))
         fault = self._bind_fault(spec)
         if fault is not None:
             self._to(connection).rejections.append(fault)
             return
-        size = self._vocabulary_size(spec)
+        size = known_ids(spec, self._proposer.info)
         spec = replace(spec, budget=self._bounded(spec.budget), vocabulary_size=size)
         mirror = Mirror(connection, spec)
-        self._mirrors[mirror.key] = mirror
+        if self._open(mirror):
+            self._to(connection).bound.append((spec.session, spec.binding))
+
+    def _open(self, mirror: Mirror) -> bool:
+        """Hand a mirror to the proposer; False if that failed and the session is gone."""
+        self._shelf.use(mirror)
         try:
             self._proposer.open(mirror)
         except Exception:
             self._give_up(mirror)
-            return
-        self._to(connection).bound.append((spec.session, spec.binding))
+            return False
+        return True
+
+    def _spec(self, key: Key) -> BindSpec | None:
+        """Return what a session was bound with, if it is known."""
+        mirror = self._shelf.get(key)
+        if mirror is not None:
+            return mirror.spec
+        aside = self._shelf.aside(key)
+        return None if aside is None else aside.spec
+
+    def _set_budget(self, key: Key, binding: int, budget: DraftBudget) -> None:
+        mirror, aside = self._shelf.get(key), self._shelf.aside(key)
+        if mirror is not None and mirror.spec.binding == binding:
+            mirror.set_budget(budget)
+            self._shelf.use(mirror)
+        elif aside is not None and aside.spec.binding == binding:
+            self._shelf.change_aside(key, replace(aside.spec, budget=budget))
+
+    def _bound_memory(self) -> None:
+        """Keep mirrors within their memory; what is freed is rebuilt when its session goes on."""
+        for mirror in self._shelf.put_aside():
+            self._free(mirror)
+        for aside in self._shelf.give_up():
+            fault = rejection(
+                aside.spec, RejectionCode.EXHAUSTED, "idle for too long: the drafter has no room"
+            )
+            self._to(aside.connection).rejections.append(fault)
 
     def _bind_fault(self, spec: BindSpec) -> Rejection | None:
-        own = self._proposer.info.tokenizer_fingerprint
-        if own is not None and own != spec.tokenizer_fingerprint:
-            return _rejection(
-                spec,
-                RejectionCode.MISMATCH,
-                f"tokenizer mismatch: this drafter has {own[:12]}, the target "
-                f"{spec.tokenizer_fingerprint[:12]}",
-                "tokenizer_fingerprint",
-            )
-        if self._draining:
-            return _rejection(spec, RejectionCode.DRAINING, "the drafter is draining")
-        wrong = self._wrong_id(spec, (*spec.prompt, *spec.committed))
-        if wrong is not None:
-            return _rejection(spec, RejectionCode.INVALID, wrong, "prompt")
-        if len(self._mirrors) >= self._config.sessions_max:
-            return _rejection(
-                spec,
-                RejectionCode.EXHAUSTED,
-                f"the drafter has its {self._config.sessions_max} sessions",
-            )
-        return None
-
-    def _wrong_id(self, spec: BindSpec, tokens: Sequence[int]) -> str | None:
-        """Name an id that target or proposer does not know: it would break everybody's step."""
-        size = self._vocabulary_size(spec)
-        wrong = next((token for token in tokens if not 0 <= token < size), None)
-        return None if wrong is None else f"id {wrong} is outside the vocabulary of {size}"
-
-    def _vocabulary_size(self, spec: BindSpec) -> int:
-        """Ids that target and proposer both know; 0 is a proposer's that takes any."""
-        own = self._proposer.info.vocabulary_size
-        return min(spec.vocabulary_size, own) if own else spec.vocabulary_size
+        config = self._config
+        return bind_fault(
+            spec,
+            self._proposer.info,
+            draining=self._draining,
+            room=config.sessions_max - len(self._shelf),
+            sessions_max=config.sessions_max,
+        )
 
     def _bounded(self, budget: DraftBudget) -> DraftBudget:
         return replace(
@@ -279,27 +284,41 @@ class Grower:
             depth_max=min(budget.depth_max, self._config.depth_max),
         )
 
-    def _hear(self, mirror: Mirror, news: Follow) -> None:
-        if news.candidates is not None and self._taker is not None:
+    def _hear(self, news: Follow) -> None:
+        mirror = self._shelf.get((news.connection, news.session))
+        # Whoever was put aside has forgotten what candidates would be added to.
+        if mirror is not None and news.candidates is not None and self._taker is not None:
             self._taker.take(mirror, news.candidates)
         if news.commit is not None:
-            self._follow(mirror, news.commit)
+            self._follow((news.connection, news.session), news.commit)
 
-    def _follow(self, mirror: Mirror, commit: Commit) -> None:
-        if commit.epoch != mirror.spec.epoch:
+    def _follow(self, key: Key, commit: Commit) -> None:
+        spec = self._spec(key)
+        if spec is None or commit.epoch != spec.epoch:
             return
-        wrong = self._wrong_id(mirror.spec, commit.tokens)
+        wrong = wrong_id(spec, self._proposer.info, commit.tokens)
         if wrong is not None:
-            fault = _rejection(mirror.spec, RejectionCode.INVALID, wrong, "tokens")
-            self._to(mirror.connection).rejections.append(fault)
-            self._close(mirror)
+            fault = rejection(spec, RejectionCode.INVALID, wrong, "tokens")
+            self._to(key[0]).rejections.append(fault)
+            self._forget(key)
             return
+        mirror = self._shelf.get(key)
+        if mirror is None and commit.last:
+            self._forget(key)
+            return
+        if mirror is None:
+            mirror = self._shelf.revive(key)
+            # The proposer may be another one by now.
+            mirror.restart(known_ids(mirror.spec, self._proposer.info))
+            if not self._open(mirror):
+                return
         try:
             news = mirror.apply(commit)
         except GapError:
             self._ask_repeat(mirror)
             return
         if news is not None:
+            self._shelf.use(mirror)
             tokens, advance = news
             try:
                 self._proposer.advanced(mirror, tokens, advance)
@@ -307,7 +326,7 @@ class Grower:
                 self._give_up(mirror)
                 return
         if commit.last:
-            self._close(mirror)
+            self._forget(key)
 
     def _ask_repeat(self, mirror: Mirror) -> None:
         length, now_s = len(mirror.log), time.monotonic()
@@ -327,15 +346,19 @@ class Grower:
         self._reject(mirror)
 
     def _reject(self, mirror: Mirror) -> None:
-        fault = _rejection(mirror.spec, RejectionCode.INTERNAL, "the proposer failed")
+        fault = rejection(mirror.spec, RejectionCode.INTERNAL, "the proposer failed")
         self._to(mirror.connection).rejections.append(fault)
-        self._close(mirror)
+        self._forget(mirror.key)
 
-    def _close(self, mirror: Mirror) -> None:
-        del self._mirrors[mirror.key]
-        self._free(mirror)
+    def _forget(self, key: Key) -> None:
+        """End a session."""
+        mirror = self._shelf.get(key)
+        self._shelf.discard(key)
+        if mirror is not None:
+            self._free(mirror)
 
     def _free(self, mirror: Mirror) -> None:
+        """Let the proposer forget a mirror."""
         try:
             self._proposer.close(mirror)
         except Exception:
@@ -345,7 +368,3 @@ class Grower:
 def _named(mirror: Mirror) -> dict[str, str]:
     spec = mirror.spec
     return {"request_id": spec.origin.request_id, "session": f"{spec.session:016x}"}
-
-
-def _rejection(spec: BindSpec, code: RejectionCode, message: str, field: str = "") -> Rejection:
-    return Rejection(spec.session, spec.epoch, code, message, field=field, binding=spec.binding)

@@ -9,7 +9,7 @@ import click
 
 from orchestrator.config import DriverConfig, HttpConfig, JournalConfig, OrchestratorConfig
 from orchestrator.http.options import http_options
-from outrider.domain import DraftBudget
+from outrider.domain import TENANT_WEIGHT_MAX, DraftBudget
 from outrider.serving.loops import run
 from outrider.serving.options import address_options, service_options
 
@@ -62,6 +62,14 @@ _LIMITS = DriverConfig().budget_limits
     default=_LIMITS.width_max,
     show_default=True,
     help="Guesses after one token, at most.",
+)
+@click.option(
+    "--tenant-weight",
+    "tenant_weights",
+    type=(str, click.FloatRange(min=0, min_open=True, max=TENANT_WEIGHT_MAX)),
+    multiple=True,
+    metavar="TENANT WEIGHT",
+    help="A tenant's share in drafters beside the others', who have 1; repeatable.",
 )
 @click.option(
     "--verifier-timeout",
@@ -128,6 +136,7 @@ def command(
     draft_nodes_max: int,
     draft_depth_max: int,
     draft_width_max: int,
+    tenant_weights: tuple[tuple[str, float], ...],
     verifier_timeout_s: float,
     worker_timeout_s: float,
     failover_wait_s: float,
@@ -148,6 +157,7 @@ def command(
             budget_limits=DraftBudget(
                 nodes_max=draft_nodes_max, depth_max=draft_depth_max, width_max=draft_width_max
             ),
+            tenant_weights=dict(tenant_weights),
             verifier_timeout_s=verifier_timeout_s,
             worker_timeout_s=worker_timeout_s,
             failover_wait_s=failover_wait_s,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -25,6 +26,8 @@ class DriverConfig:
         default_factory=lambda: DraftBudget(nodes_max=512, depth_max=64, width_max=3)
     )
     """Bounds of what drafters are told."""
+    tenant_weights: Mapping[str, float] = field(default_factory=dict)
+    """Tenants' shares in drafters, beside each other; whoever is not named has 1."""
     silence_s: float = 5.0
     """Without a commit for this long, the verifier is asked to repeat."""
     verifier_timeout_s: float = 60.0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import replace
 
 from orchestrator.budgets import budget_of, changed
@@ -25,9 +26,12 @@ _PAIRS_MAX = 65_536
 class Dispatch:
     """Finds the worker's link for a command and queues it there; a lost worker is skipped."""
 
-    def __init__(self, fleet: Fleet, limits: DraftBudget) -> None:
-        """`limits` bounds every budget."""
+    def __init__(
+        self, fleet: Fleet, limits: DraftBudget, tenant_weights: Mapping[str, float] | None = None
+    ) -> None:
+        """`limits` bounds every budget; a tenant without a weight has 1."""
         self._fleet = fleet
+        self._tenant_weights = tenant_weights or {}
         self._limits = limits
         self._budgets: dict[tuple[str, str], DraftBudget] = {}
         """What was said last, by verifier and drafter: their sessions share one object."""
@@ -87,6 +91,7 @@ class Dispatch:
     def bind(self, running: Running, command: BindDrafter) -> None:
         """Send prompt and committed tokens to a drafter."""
         spec, info = running.session.spec, running.generation.info
+        tenant = running.generation.tenant
         drafter = self._fleet.drafters.get(running.session.bindings[command.binding])
         if drafter is None:
             return
@@ -106,6 +111,8 @@ class Dispatch:
                 budget=budget,
                 cache_salt=spec.cache_salt,
                 origin=spec.origin,
+                tenant=tenant,
+                tenant_weight=self._tenant_weights.get(tenant, 1.0),
             )
         )
 

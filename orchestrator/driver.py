@@ -141,7 +141,7 @@ class Driver:
         self._config = config
         self._journal = journal
         self._running: dict[int, Running] = {}
-        self._dispatch = Dispatch(fleet, config.budget_limits)
+        self._dispatch = Dispatch(fleet, config.budget_limits, config.tenant_weights)
         self._rotation: Rotation = Rotation()
         self._unread: dict[Generation, float] = {}
         """Generations that have ended and not been left by whoever reads them, and since when."""
@@ -342,7 +342,9 @@ class Driver:
     ) -> Generation:
         prefix = prefix or self.placer.prefix(job)
         now_s = time.monotonic()
-        generation = Generation(job.info, now_s, prompt_wanted=job.prompt_logprobs, id=name)
+        generation = Generation(
+            job.info, now_s, prompt_wanted=job.prompt_logprobs, id=name, tenant=job.tenant
+        )
         generation.choices += [
             Running(
                 generation,

@@ -164,6 +164,8 @@ class Generation:
     """The prompt's log-probabilities have yet to come; they come before any output."""
     id: str = ""
     """Names it in logs, and when it is resumed."""
+    tenant: str = ""
+    """Whose it is; empty: nobody's."""
     choices: list[Running] = field(default_factory=list)
     mailbox: Mailbox[Output] = field(default_factory=lambda: Mailbox(joined))
     finished: int = 0

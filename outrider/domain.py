@@ -36,6 +36,7 @@ TRACE_CHARACTERS_MAX = 512
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 """What a request may be called in logs."""
 REQUEST_ID_RULE = "has 1 to 128 letters, digits, or any of . _ : / + = @ -"
+TENANT_WEIGHT_MAX = 1_000.0
 
 
 class FinishReason(enum.Enum):
@@ -382,6 +383,18 @@ class BindSpec:
     cache_salt: str = ""
     """Sessions share KV of equal prefixes only within one salt."""
     origin: Origin = NOBODY
+    tenant: str = ""
+    """Whose it is; drafters share their work out among tenants."""
+    tenant_weight: float = 1.0
+    """That tenant's share beside the others'; range (0, `TENANT_WEIGHT_MAX`]."""
+
+    def __post_init__(self) -> None:
+        # Written so that NaN is refused.
+        if not 0.0 < self.tenant_weight <= TENANT_WEIGHT_MAX:
+            raise InvalidRequest(
+                "tenant_weight",
+                f"must lie above 0 and at most at {TENANT_WEIGHT_MAX:g}, got {self.tenant_weight}",
+            )
 
 
 class RejectionCode(enum.Enum):

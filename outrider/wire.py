@@ -502,6 +502,8 @@ def bind_to_pb(spec: BindSpec) -> drafter_pb2.BindSession:
         budget=budget_to_pb(spec.budget),
         cache_salt=spec.cache_salt,
         origin=origin_to_pb(spec.origin),
+        tenant=spec.tenant,
+        tenant_weight=spec.tenant_weight,
     )
 
 
@@ -520,6 +522,8 @@ def bind_from_pb(message: drafter_pb2.BindSession) -> BindSpec:
         budget=budget_from_pb(message.budget) if message.HasField("budget") else DraftBudget(),
         cache_salt=message.cache_salt,
         origin=origin_from_pb(message.origin),
+        tenant=message.tenant,
+        tenant_weight=message.tenant_weight if message.HasField("tenant_weight") else 1.0,
     )
 
 

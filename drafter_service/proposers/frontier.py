@@ -49,6 +49,11 @@ class Frontier:
             self._arrivals += 1
             heapq.heappush(self._heap, (-path_logprob, self._arrivals, node))
 
+    @property
+    def best(self) -> float | None:
+        """Minus the path log-probability of the node whose turn is next; None if all are taken."""
+        return self._heap[0][0] if self._heap else None
+
     def take(self, count: int) -> list[Entry]:
         """Remove and return the best; parents come before their children, equals by arrival."""
         heap = self._heap

@@ -14,12 +14,13 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TypeAlias
 
+from drafter_service.calibration import ClaimCalibration
 from drafter_service.mirror import Mirror
 from drafter_service.proposers.frontier import Entry, Frontier
+from drafter_service.proposers.leaf_queue import Leaf, LeafQueue, Offer, turns
 from outrider.config import Quantize
-from outrider.domain import ModelInfo
+from outrider.domain import DraftBudget, ModelInfo
 from outrider.draft_tree import Advance, Node
 from outrider.kv_blocks import BlockPool
 from outrider.model.info import model_info
@@ -31,6 +32,10 @@ from outrider.model.threads import set_threads
 
 _PROBABILITY_MIN = 1e-30
 """Of a path, whatever a budget says."""
+_SHORT_TOKENS = 32
+"""Missing tokens up to which a session comes before whoever misses more: a commit, not a prompt."""
+_PROMPTS_PART = 4
+"""One such part of a step's committed tokens is for prompts, if there are any."""
 
 
 @dataclass(slots=True)
@@ -40,11 +45,24 @@ class _State:
     """KV slot of each expanded node below the root."""
     frontier: Frontier | None = None
     """The others, unless something has happened to the tree since."""
+    said: dict[Node, Guesses] = field(default_factory=dict)
+    """What the model said of the children of each node that it has expanded, the root included."""
+    root: Node | None = None
+    """Of the tree, as of the last commit that was followed."""
     used_step: int = 0
     """Step that computed something for it last."""
+    rest: tuple[Node, DraftBudget, int] | None = None
+    """Root, budget and room of the tree for which there was nothing left to do."""
 
-
-_Leaf: TypeAlias = tuple[Mirror, Entry]
+    def rests(self, mirror: Mirror) -> bool:
+        """True while nothing has happened since there was nothing left to do."""
+        rest = self.rest
+        return (
+            rest is not None
+            and rest[0] is mirror.tree.root
+            and rest[1] is mirror.budget
+            and rest[2] == mirror.room
+        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +86,10 @@ class LanguageModelProposer:
         width: int = 3,
         prefill_tokens_max: int = 256,
         kv_tokens_max: int | None = None,
+        queue: LeafQueue | None = None,
+        learning: bool = True,
     ) -> None:
+        """`queue` orders the work; without `learning`, claims are what the model says."""
         self._model = model
         self._pool = model.new_pool(kv_tokens_max)
         self._step = 0
@@ -76,6 +97,9 @@ class LanguageModelProposer:
         self._leaves_max = leaves_max
         self._width = width
         self._prefill_tokens_max = prefill_tokens_max
+        self._queue = queue or LeafQueue()
+        self._calibration = ClaimCalibration()
+        self._learning = learning
         self._states: dict[tuple[int, int], _State] = {}
 
     @property
@@ -95,11 +119,13 @@ class LanguageModelProposer:
 
     def open(self, mirror: Mirror) -> None:
         """Begin with the KV that earlier sessions left of the text's beginning, if any."""
-        self._states[mirror.key] = _State(self._pool.new_cache(mirror.spec.cache_salt))
+        cache = self._pool.new_cache(mirror.spec.cache_salt)
+        self._states[mirror.key] = _State(cache, root=mirror.tree.root)
 
     def advanced(self, mirror: Mirror, tokens: Sequence[int], advance: Advance) -> None:
         """Keep the KV of the surviving path; a miss costs only the committed tokens."""
         state = self._states[mirror.key]
+        self._learn(state, mirror, tokens, advance)
         path: list[int] = []
         for node in advance.matched:
             slot = state.slot_of.get(node)
@@ -113,6 +139,24 @@ class LanguageModelProposer:
         keep = [state.slot_of[node] for node in survivors]
         moved = state.cache.advance(path, keep)
         state.slot_of = {node: moved[state.slot_of[node]] for node in survivors}
+        state.root = root = mirror.tree.root
+        state.said = {
+            node: said
+            for node, said in state.said.items()
+            if node.parent is not None or node is root
+        }
+
+    def _learn(
+        self, state: _State, mirror: Mirror, tokens: Sequence[int], advance: Advance
+    ) -> None:
+        """Take note of which guesses were right, of those whose parents were committed."""
+        if not self._learning:
+            return
+        sampled = not mirror.spec.sampling.greedy
+        for parent, token in zip((state.root, *advance.matched), tokens, strict=False):
+            guesses = state.said.get(parent, ()) if parent is not None else ()
+            for rank, (guess, logprob) in enumerate(guesses):
+                self._calibration.observe(sampled, rank, logprob, guess == token)
 
     def close(self, mirror: Mirror) -> None:
         """Free the KV."""
@@ -148,9 +192,10 @@ class LanguageModelProposer:
         """Give the nodes their children; consumes one guess for each."""
         mirror = growth.mirror
         state = self._states[mirror.key]
-        width = mirror.budget.width_max
         for path_logprob, node in growth.nodes:
-            wanted = next(guesses)[:width]
+            said = next(guesses)[: mirror.budget.width_max]
+            state.said[node] = said
+            wanted = self._claimed(mirror, said)
             if node.children:
                 for token, logprob in wanted:
                     mirror.attach(node, token, logprob)
@@ -162,38 +207,32 @@ class LanguageModelProposer:
                 for child in children:
                     state.frontier.add(child, above + child.path_logprob)
 
+    def _claimed(self, mirror: Mirror, said: Guesses) -> Guesses:
+        """Turn what the model says of siblings into what it has turned out to mean."""
+        if not self._learning:
+            return said
+        sampled, claim = not mirror.spec.sampling.greedy, self._calibration.claim
+        return [
+            (token, claim(sampled, rank, logprob)) for rank, (token, logprob) in enumerate(said)
+        ]
+
     def _plan(self, mirrors: Sequence[Mirror]) -> tuple[list[Row], list[_Growth]]:
         rows: list[Row] = []
         growths: list[_Growth] = []
         ready: list[Mirror] = []
-        left = self._prefill_tokens_max
+        behind: list[Mirror] = []
         self._step += 1
         for mirror in mirrors:
             state = self._states[mirror.key]
-            if len(mirror.log) + 1 >= self._model.length_max:
+            # First: who rests without KV is not to have it computed again for nothing.
+            if state.rests(mirror) or len(mirror.log) + 1 >= self._model.length_max:
                 continue
-            if not state.cache.prefix_length:
-                state.cache.adopt(mirror.log.tokens)
-            pending = mirror.log.since(state.cache.prefix_length)
-            if not pending:
+            if len(mirror.log) > state.cache.prefix_length:
+                behind.append(mirror)
+            else:
                 ready.append(mirror)
-            elif left > 0:
-                chunk = pending[:left]
-                if not self._make_room(state, len(chunk)):
-                    continue
-                left -= len(chunk)
-                done = len(chunk) == len(pending)
-                rows.append(Row(state.cache, chunk, None, [len(chunk) - 1] if done else []))
-                growths.append(_Growth(mirror, [(0.0, mirror.tree.root)] if done else []))
-        leaves: list[_Leaf] = []
-        for mirror in ready:
-            # Room for a chunk may have cost it its KV.
-            if len(mirror.log) == self._states[mirror.key].cache.prefix_length:
-                leaves += self._leaves(mirror)
-        leaves.sort(key=lambda leaf: leaf[1][0])
-        for mirror, entry in leaves[self._leaves_max :]:
-            self._give_back(mirror, [entry])
-        for mirror, entries in _by_mirror(leaves[: self._leaves_max]):
+        self._catch_up(behind, rows, growths)
+        for mirror, entries in _by_mirror(self._queue.take(self._offers(ready), self._leaves_max)):
             state = self._states[mirror.key]
             # Room for a better one may have cost this one its KV.
             lost = len(mirror.log) > state.cache.prefix_length
@@ -204,6 +243,38 @@ class LanguageModelProposer:
             rows.append(self._tree_row(mirror, nodes))
             growths.append(_Growth(mirror, [(-negated, node) for negated, _, node in entries]))
         return rows, growths
+
+    def _catch_up(self, behind: Sequence[Mirror], rows: list[Row], growths: list[_Growth]) -> None:
+        """Compute committed tokens that are missing: a tip is surer than any guess.
+
+        Commits come first, longest waiting first; then prompts, tenants taking turns.
+        """
+        commits, prompts = turns(
+            (
+                (mirror, len(mirror.log) - state.cache.prefix_length, state.used_step)
+                for mirror, state in ((m, self._states[m.key]) for m in behind)
+            ),
+            min(_SHORT_TOKENS, self._prefill_tokens_max),
+        )
+        # Prompts have a part that commits cannot take from them.
+        kept = self._prefill_tokens_max // _PROMPTS_PART if prompts else 0
+        left = self._prefill_tokens_max - kept
+        for mirrors, more in ((commits, 0), (prompts, kept)):
+            left += more
+            for mirror in mirrors:
+                if left <= 0:
+                    break
+                state = self._states[mirror.key]
+                if not state.cache.prefix_length:
+                    state.cache.adopt(mirror.log.tokens)
+                pending = mirror.log.since(state.cache.prefix_length)
+                chunk = pending[:left]
+                if not self._make_room(state, len(chunk)):
+                    continue
+                left -= len(chunk)
+                done = len(chunk) == len(pending)
+                rows.append(Row(state.cache, chunk, None, [len(chunk) - 1] if done else []))
+                growths.append(_Growth(mirror, [(0.0, mirror.tree.root)] if done else []))
 
     def _give_back(self, mirror: Mirror, entries: Sequence[Entry]) -> None:
         frontier = self._states[mirror.key].frontier
@@ -231,14 +302,23 @@ class LanguageModelProposer:
         state.used_step = self._step
         return True
 
-    def _leaves(self, mirror: Mirror) -> list[_Leaf]:
-        """Take the session's best unexpanded nodes from its frontier."""
-        state = self._states[mirror.key]
-        # Each must get a child at least: one that is expanded without stays barren for good.
-        width = max(1, min(self._width, mirror.budget.width_max))
-        count_max = min(self._leaves_max, math.ceil(mirror.room / width))
-        if count_max <= 0:
-            return []
+    def _offers(self, ready: Sequence[Mirror]) -> Iterator[Offer]:
+        """Say who has room for more, and let the others rest."""
+        width = max(1, self._width)
+        for mirror in ready:
+            # Room for a chunk may have cost it its KV.
+            if len(mirror.log) > self._states[mirror.key].cache.prefix_length:
+                continue
+            state = self._states[mirror.key]
+            # Each must get a child at least: one that is expanded without stays barren for good.
+            leaves_max = math.ceil(mirror.room / max(1, min(width, mirror.budget.width_max)))
+            frontier = self._frontier(state, mirror)
+            if leaves_max <= 0 or frontier.best is None:
+                state.rest = (mirror.tree.root, mirror.budget, mirror.room)
+            else:
+                yield Offer(mirror, frontier, leaves_max)
+
+    def _frontier(self, state: _State, mirror: Mirror) -> Frontier:
         deepest = mirror.tree.root.position + mirror.budget.depth_max
         deepest = min(deepest, self._model.length_max - 1)
         least = math.log(max(_PROBABILITY_MIN, mirror.budget.probability_min))
@@ -247,7 +327,7 @@ class LanguageModelProposer:
             frontier = state.frontier = Frontier(
                 mirror.tree, state.slot_of, logprob_min=least, deepest=deepest
             )
-        return [(mirror, entry) for entry in frontier.take(count_max)]
+        return frontier
 
     def _tree_row(self, mirror: Mirror, nodes: list[Node]) -> Row:
         state = self._states[mirror.key]
@@ -283,7 +363,7 @@ def load_language_model_proposer(
     return LanguageModelProposer(model, info, leaves_max=leaves_max, kv_tokens_max=kv_tokens_max)
 
 
-def _by_mirror(leaves: Sequence[_Leaf]) -> list[tuple[Mirror, list[Entry]]]:
+def _by_mirror(leaves: Sequence[Leaf]) -> list[tuple[Mirror, list[Entry]]]:
     grouped: dict[tuple[int, int], tuple[Mirror, list[Entry]]] = {}
     for mirror, entry in leaves:
         grouped.setdefault(mirror.key, (mirror, []))[1].append(entry)

@@ -145,6 +145,8 @@ binds = st.builds(
     budget=budgets,
     cache_salt=text,
     origin=origins,
+    tenant=text,
+    tenant_weight=st.floats(2.0**-10, 1_000.0, width=32),
 )
 
 
@@ -337,6 +339,14 @@ def test_values_out_of_range_name_their_field() -> None:
     with pytest.raises(InvalidRequest) as raised:
         wire.bind_from_pb(drafter_pb2.BindSession(session=1))
     assert raised.value.field == "prompt"
+
+
+@pytest.mark.parametrize("weight", [0.0, -1.0, 1_001.0, math.nan, math.inf])
+def test_shares_out_of_range_are_refused(weight: float) -> None:
+    with pytest.raises(InvalidRequest) as raised:
+        wire.bind_from_pb(drafter_pb2.BindSession(prompt=[1], tenant_weight=weight))
+    assert raised.value.field == "tenant_weight"
+    assert wire.bind_from_pb(drafter_pb2.BindSession(prompt=[1])).tenant_weight == 1.0
 
 
 @pytest.mark.parametrize("interval_s", [-1.0, 61.0, math.nan, math.inf])

@@ -76,7 +76,8 @@ class Watched:
 
 def proposer_of(model: Any, **options: Any) -> LanguageModelProposer:
     info = ModelInfo("draft", "f", "t", model.vocabulary_size, model.length_max, "float32")
-    return LanguageModelProposer(model, info, **options)
+    # Claims as the model makes them, so that they can be compared.
+    return LanguageModelProposer(model, info, **{"learning": False, **options})
 
 
 def test_a_text_that_begins_alike_is_computed_from_where_it_differs(model: LanguageModel) -> None:

@@ -7,10 +7,12 @@ from typing import Any
 
 from orchestrator.dispatch import Dispatch
 from orchestrator.generation import Generation, Running
+from orchestrator.messages import BindDrafter
 from orchestrator.session import Session
 from orchestrator.text import TextCodec, TextStream
 from orchestrator.workers import DrafterLink, VerifierLink
 from outrider.domain import (
+    BindSpec,
     DraftBudget,
     GrowReport,
     ModelInfo,
@@ -40,9 +42,13 @@ class Told(DrafterLink):
             address, "o", source=1, on_change=lambda _: None, on_batch=lambda _, __: None
         )
         self.told: list[tuple[int, int, DraftBudget]] = []
+        self.binds: list[BindSpec] = []
 
     def set_budget(self, session: int, binding: int, budget: DraftBudget) -> None:
         self.told.append((session, binding, budget))
+
+    def bind(self, spec: BindSpec) -> None:
+        self.binds.append(spec)
 
 
 @dataclass
@@ -137,3 +143,16 @@ def test_measurements_are_looked_at_when_asked_for_and_for_each_pair() -> None:
     dispatch.measure_anew()
     dispatch.renew_budget(late, 1, near)
     assert near.told[-1][2] == far.told[0][2]
+
+
+def test_a_drafter_hears_whose_session_it_is_and_what_share_they_have() -> None:
+    drafter = Told("d:1")
+    fleet: Any = Workers({"v:1": verifier(0.02)}, {"d:1": drafter})
+    dispatch = Dispatch(fleet, LIMITS, {"heavy": 2.5})
+    for number, tenant in enumerate(("heavy", "other", "")):
+        running = session(number)
+        running.generation.tenant = tenant
+        running.session.bindings[1] = "d:1"
+        dispatch.bind(running, BindDrafter(1, 1, (9,)))
+    shares = [(spec.tenant, spec.tenant_weight) for spec in drafter.binds]
+    assert shares == [("heavy", 2.5), ("other", 1.0), ("", 1.0)]

@@ -1,0 +1,48 @@
+"""The benchmark of drafters runs from end to end, with tiny models."""
+
+from __future__ import annotations
+
+import json
+import re
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner
+
+from bench.drafting import main
+
+TARGET = "random:tiny?seed=1"
+
+
+def result_of(tmp_path: Path, *arguments: str) -> dict[str, str]:
+    options = ["--quick", "--model", TARGET, "--dtype", "float32", "--results-dir", str(tmp_path)]
+    ended = CliRunner().invoke(main, [*options, *arguments], catch_exceptions=False)
+    assert ended.exit_code == 0, ended.output
+    last = ended.output.strip().splitlines()[-1]
+    assert last.startswith("result: drafters ")
+    return dict(pair.split("=") for pair in last.split()[2:])
+
+
+@pytest.mark.timeout(300)
+def test_every_part_measures_and_the_others_are_kept(tmp_path: Path) -> None:
+    drafter = ("--drafter", f"{TARGET}&noise=0.1")
+    first = result_of(tmp_path, *drafter, "--parts", "proposers,coupling,calibration")
+    assert all(re.fullmatch(r"\d+\.\d{3}", first[name]) for name in first if name != "ahead_ready")
+    assert first["ahead_ready"] == "na"
+    # A tiny target is as quick as its drafter, so that little is won; it must not be less.
+    assert float(first["model_tau_writing"]) >= 1.0
+    second = result_of(tmp_path, *drafter, "--parts", "ahead")
+    assert second.pop("ahead_ready") != "na"
+    first.pop("ahead_ready")
+    assert second == first
+    record = json.loads((tmp_path / "drafting.json").read_text())
+    assert set(record["results"]["times"]) == {"proposers", "coupling", "calibration", "ahead"}
+    contenders = {run["contender"] for run in record["results"]["runs"]}
+    assert contenders == {"target", "lookup", "model", "union", "recycling", "cascade"}
+    assert "| union |" in (tmp_path / "drafting.md").read_text()
+
+
+def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
+    ended = CliRunner().invoke(main, ["--parts", "speed", "--results-dir", str(tmp_path)])
+    assert ended.exit_code == 2
+    assert "unknown part 'speed'" in ended.output
