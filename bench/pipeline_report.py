@@ -6,9 +6,9 @@ import statistics
 from collections.abc import Iterable, Sequence
 
 from bench.pipeline_effort import PARTS
+from bench.pipeline_prompts import markdown as prompts_markdown
 from bench.pipeline_results import Disturbance, Recovery, Results, Row, colocated_tree_wins_ms
 from bench.relaying import samples
-from bench.speculation import markdown as prompts_markdown
 
 _GOALS: tuple[tuple[str, str, float], ...] = (
     ("vs_simulation", "at least", 0.9),

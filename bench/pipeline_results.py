@@ -7,9 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
+from bench.pipeline_prompts import Case
 from bench.pipeline_setting import NODES_MAX, Expected, Setting
 from bench.relaying.samples import Row as RelayRow
-from bench.speculation import Case
 from bench.timelines import Spread, crossing
 
 REPORTED_MS = (0.5, 2.0, 5.0, 10.0, 20.0)

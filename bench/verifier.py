@@ -29,6 +29,7 @@ import outrider
 from bench.engine_driver import EngineDriver, ModelThread
 from bench.floor import Floor
 from bench.memory import MemoryResult
+from bench.peers.catalogue import Target, start
 from bench.peers.process import ROOT, Peer, PeerError
 from bench.rates import Run
 from bench.steps import measure_steps
@@ -61,6 +62,8 @@ _FIELDS = {
 }
 PARTS = tuple(_FIELDS)
 OURS = "outrider"
+_PEERS = {"hf": "hf-batching", "vllm": "vllm"}
+"""What tables call them, and which engines they are."""
 _STEP_TEXTS = 16
 _SETTLE_S = 0.5
 """Between contenders: OpenMP threads of the one before spin on for a while."""
@@ -82,12 +85,6 @@ _SETTLE_S = 0.5
 @click.option("--tokens", type=click.IntRange(24, 512), default=96, show_default=True)
 @click.option("--window", "window_s", type=click.FloatRange(0.5, 60), default=4.0)
 @click.option("--quick", is_flag=True, help="One repeat of everything, to see that it runs.")
-@click.option(
-    "--vllm-python",
-    type=click.Path(path_type=Path),
-    default=ROOT / ".peers/vllm/bin/python",
-    help="Interpreter of the environment that has vLLM.",
-)
 @click.option("--cache-dir", type=click.Path(path_type=Path), default=DEFAULT_CACHE)
 def main(parts: str, quick: bool, **options: Any) -> None:
     """Measure the verifier against raw matrix products and against other engines."""
@@ -159,8 +156,8 @@ class _Bench:
 
         contenders: dict[str, Generate] = {OURS: ours}
         peers = self._start_peers()
-        for peer in peers:
-            contenders[peer.name] = _settled(peer)
+        for name, peer in peers.items():
+            contenders[name] = _settled(peer)
         count = len(SESSIONS) * (options["repeats"] + 1) * len(contenders)
         task = self._progress.add_task("throughput", total=count)
 
@@ -177,7 +174,7 @@ class _Bench:
                 self._unavailable,
             )
         finally:
-            for peer in peers:
+            for peer in peers.values():
                 peer.close()
         self._progress.update(task, completed=count)
 
@@ -240,42 +237,24 @@ class _Bench:
             self._running = EngineDriver(self._model, self._config, self._thread)
         return self._running
 
-    def _start_peers(self) -> list[Peer]:
+    def _start_peers(self) -> dict[str, Peer]:
         """Start the peers one after the other; those that do not start are reported."""
         options = self._options
-        dtype = options["peer_dtype"] or options["dtype"]
-        folder = str(resolve_model(options["model"], options["cache_dir"]).folder)
-        threads = str(options["threads"])
-        offline = {"HF_HUB_OFFLINE": "1", "TRANSFORMERS_OFFLINE": "1", "OMP_NUM_THREADS": threads}
-        command = [sys.executable, "-m", "bench.peers.transformers_worker"]
-        wanted = {"hf": ([*command, folder, dtype, threads], offline)}
-        python: Path = options["vllm_python"]
-        if python.is_file():
-            length_max = str(2 * (PROMPT_TOKENS + options["tokens"]))
-            command = [str(python), "-m", "bench.peers.vllm_worker"]
-            vllm = {
-                # It shares the processors with nobody while it runs, so it need not be bound.
-                "VLLM_CPU_OMP_THREADS_BIND": "nobind",
-                "VLLM_CPU_KVCACHE_SPACE": "2",
-                # Without a second process of its own, steps can be timed and nothing polls.
-                "VLLM_ENABLE_V1_MULTIPROCESSING": "0",
-                "VLLM_NO_USAGE_STATS": "1",
-            }
-            wanted["vllm"] = ([*command, folder, dtype, length_max], offline | vllm)
-        else:
-            self._unavailable("vllm", f"not installed (make peers): there is no {python}")
-        task = self._progress.add_task("starting peers", total=len(wanted))
-        peers = []
-        for name, (arguments, environment) in wanted.items():
+        target = Target(
+            resolve_model(options["model"], options["cache_dir"]).folder,
+            options["peer_dtype"] or options["dtype"],
+            options["threads"],
+            2 * (PROMPT_TOKENS + options["tokens"]),
+        )
+        task = self._progress.add_task("starting peers", total=len(_PEERS))
+        peers = {}
+        for name, engine in _PEERS.items():
             self._progress.update(task, description=f"starting {name} (may compile for minutes)")
-            peer = Peer(name, arguments, environment)
             try:
-                peer.wait_ready()
-                peers.append(peer)
-                self.results.peers[name] = peer.settings
+                peers[name] = start(engine, target)
+                self.results.peers[name] = peers[name].settings
             except PeerError as error:
                 self._unavailable(name, str(error))
-                peer.close()
             self._progress.advance(task)
         return peers
 

@@ -48,6 +48,8 @@ class LocalConfig:
     """Of the orchestrator; None picks a free one."""
     http_port: int | None = None
     """Likewise, for HTTP."""
+    shared_cores: bool = False
+    """Others than these services compute on the same cores."""
 
 
 @dataclass(slots=True)
@@ -169,7 +171,7 @@ class LocalFleet:
         assert self._redis is not None, "Redis is started first"
         log_path = self.log_dir / f"{name}.log"
         environment = {**os.environ, "REDIS_URL": self._redis.url}
-        if self._config.verifiers + self._draft_models > 1:
+        if self._config.verifiers + self._draft_models > 1 or self._config.shared_cores:
             # Several models on the same cores: threads that spin at OpenMP barriers keep the others
             # from arriving there, which costs a factor of twenty.
             environment.setdefault("OMP_WAIT_POLICY", "passive")

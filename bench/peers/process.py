@@ -48,9 +48,18 @@ class Peer:
         """Wait until the model is loaded. Raises PeerError."""
         self.settings = self._answer(_READY_TIMEOUT_S)["ready"]
 
-    def generate(self, prompts: Sequence[Sequence[int]], tokens: int) -> Run:
-        """Decode greedily `tokens` tokens for each prompt at once. Raises PeerError."""
-        request = {"prompts": [list(prompt) for prompt in prompts], "tokens": tokens}
+    def generate(
+        self, prompts: Sequence[Sequence[int]], tokens: int, eos_ids: Sequence[int] = ()
+    ) -> Run:
+        """Decode greedily `tokens` tokens for each prompt at once. Raises PeerError.
+
+        An output ends earlier with the first of `eos_ids`.
+        """
+        request = {
+            "prompts": [list(prompt) for prompt in prompts],
+            "tokens": tokens,
+            "eos_ids": list(eos_ids),
+        }
         assert self._process.stdin is not None
         try:
             self._process.stdin.write(json.dumps(request) + "\n")

@@ -28,6 +28,7 @@ _DEFAULTS: dict[str, Any] = {
     "allow_block_sharing": False,
 }
 _RESULT_TIMEOUT_S = 600.0
+_NO_EOS = -1
 
 
 def main() -> None:
@@ -50,15 +51,23 @@ def _start(
     model.eval()
     torch.set_num_threads(threads)
     manager = model.init_continuous_batching(
-        generation_config=GenerationConfig(do_sample=False, eos_token_id=-1),
+        generation_config=GenerationConfig(do_sample=False, eos_token_id=_NO_EOS),
         continuous_batching_config=ContinuousBatchingConfig(**fields),
     )
     manager.start()
 
     def generate(
-        prompts: list[list[int]], tokens: int
+        prompts: list[list[int]], tokens: int, eos_ids: list[int]
     ) -> tuple[list[list[float]], list[list[int]]]:
-        names = manager.add_requests(prompts, max_new_tokens=tokens, record_timestamps=True)
+        names = [
+            manager.add_request(
+                prompt,
+                max_new_tokens=tokens,
+                record_timestamps=True,
+                eos_token_id=eos_ids or _NO_EOS,
+            )
+            for prompt in prompts
+        ]
         results: dict[str, Any] = {}
         while len(results) < len(names):
             result = manager.get_result(timeout=_RESULT_TIMEOUT_S)

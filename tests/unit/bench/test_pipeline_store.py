@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 
 from bench.pipeline_effort import QUICK, Effort
+from bench.pipeline_prompts import Case
 from bench.pipeline_results import Disturbance, Recovery, Results
 from bench.pipeline_store import Store, begun, measured_alike
-from bench.speculation import Case
 from bench.timelines import Spread
 from outrider.errors import ConfigError
 from tests.unit.bench.test_pipeline_results import row
