@@ -30,10 +30,9 @@ from bench.spec.identity import Identity, IdentityStore, run_with, summed
 from bench.spec.measuring import Field, Plan, measure, open_jobs, seconds_of
 from bench.spec.options import check_where, fleet_of, fleet_options
 from bench.spec.peers import Served, names_of, start_peers
+from bench.spec.publishing import publish, summaries_of
 from bench.spec.questions import choose, read_questions
-from bench.spec.report import markdown, result_line
-from bench.spec.results import Results, read_results, write_results
-from bench.spec.statistics import by_round, summarize
+from bench.spec.results import Results, read_results
 from outrider.client import Client
 from outrider.config import Tls
 from outrider.errors import ConfigError
@@ -220,32 +219,18 @@ class _Bench:
     def report(self) -> None:
         """Write what there is to files, and to the terminal."""
         answers = self._store.read()
-        names = [OURS, *sorted({a.contender for a in answers} - {OURS, BASELINE}), BASELINE]
-        temperatures = sorted({answer.temperature for answer in answers})
-        summaries = [
-            summarize(by_round(answers, temperature), name, BASELINE, temperature)
-            for temperature in temperatures
-            for name in names
-        ]
         path = self._folder / "spec_bench.json"
         peers, unavailable = self._known_of_peers(path, {answer.contender for answer in answers})
         results = Results(
             origin(command_line()),
             json.loads((self._store.folder / "setting.json").read_text()),
             len({answer.question_id for answer in answers}),
-            tuple(summary for summary in summaries if summary is not None),
+            summaries_of(answers),
             self._identity_so_far(),
             peers,
             unavailable,
         )
-        write_results(results, path)
-        text = markdown(results)
-        path.with_suffix(".md").write_text(text)
-        plain = Console(width=1_000, highlight=False)
-        plain.print(text, markup=False)
-        if results.summaries:
-            self._draw(results, path.with_suffix(".png"))
-        plain.print(result_line(results), markup=False)
+        publish(results, path, self.console)
 
     # --- what they need ---
 
@@ -332,15 +317,6 @@ class _Bench:
         peers = {n: s for n, s in before.peers.items() if n in measured} | self._peers
         missing = dict(before.unavailable) | self._unavailable
         return peers, {name: why for name, why in missing.items() if name not in measured}
-
-    def _draw(self, results: Results, path: Path) -> None:
-        try:
-            # Late: it is for developers, and takes a second.
-            from bench.spec.plots import draw
-        except ModuleNotFoundError as error:
-            self.console.print(f"no plot: {error.name} is not installed; it is in outrider\\[dev]")
-            return
-        self.console.print(f"plot: {draw(results, path)}", soft_wrap=True)
 
 
 def _settle() -> None:

@@ -36,6 +36,7 @@ def markdown(results: Results, *, intervals: bool = True) -> str:
         parts.append(_tau_table(rows))
         parts.append(f"Share of steps, {kind}, that accepted at least so many guesses.\n")
         parts.append(_depth_table(rows))
+        parts += _limits(rows, kind)
     if results.identity is not None:
         parts.append(_identity(results))
     parts += [f"- {name}: not measured ({why})\n" for name, why in results.unavailable.items()]
@@ -107,6 +108,41 @@ def _depth_table(rows: Sequence[Summary]) -> str:
             if row.by_depth[0] > 0
         ),
     )
+
+
+def _limits(rows: Sequence[Summary], kind: str) -> list[str]:
+    """What keeps a speed-up below tau: prompts, and steps that take longer than plain ones."""
+    found = {row.contender: row for row in rows}
+    ours, base = found.get(OURS), found.get(BASELINE)
+    if ours is None or base is None:
+        return []
+    header = ["sub-task", "speed-up", "tau", "before the first token", "target-only", "step, ms"]
+    header += ["target-only", "after the first token"]
+    lines = []
+    for task in _tasks(rows):
+        if task not in ours.step_s or task not in base.step_s:
+            continue
+        own_s, base_s = ours.step_s[task], base.step_s[task]
+        after = ours.taus[task].value * base_s / own_s if own_s else 0.0
+        lines.append(
+            [
+                _TITLES.get(task, task),
+                f"{ours.speedups[task].value:.2f}",
+                f"{ours.taus[task].value:.2f}",
+                f"{ours.first_shares[task]:.0%}",
+                f"{base.first_shares[task]:.0%}",
+                f"{1e3 * own_s:.1f}",
+                f"{1e3 * base_s:.1f}",
+                f"{after:.2f}",
+            ]
+        )
+    return [
+        f"What limits `{OURS}`, {kind}: the share of its time that prompts take, which no guess"
+        " shortens, and how much longer its steps take than target-only ones, drafters on the same"
+        " cores included. After the first token the speed-up is about tau times the ratio of the"
+        " steps.\n",
+        table(header, lines),
+    ]
 
 
 def _identity(results: Results) -> str:

@@ -53,6 +53,10 @@ class Summary:
     """Share of steps in which at least 1, 2, ... guesses were accepted."""
     acceptance: float | None
     """Accepted over verified guesses; None if the contender does not say."""
+    first_shares: Mapping[str, float]
+    """By sub-task: what of the wall time went by before first tokens."""
+    step_s: Mapping[str, float]
+    """By sub-task: mean time of a step after the first, in seconds; 0 if there is none."""
 
 
 def by_round(answers: Iterable[Answer], temperature: float) -> list[dict[str, Answer]]:
@@ -90,6 +94,8 @@ def summarize(
         statistics.median(turn.first_token_s for answer in own for turn in answer.turns),
         acceptance_by_depth(own),
         _acceptance(own),
+        {name: _first_share(answer for answer, _ in part) for name, part in parts.items()},
+        {name: _step_s(answer for answer, _ in part) for name, part in parts.items()},
     )
 
 
@@ -111,6 +117,17 @@ def acceptance_by_depth(answers: Iterable[Answer]) -> tuple[float, ...]:
     """Share of steps that accepted at least 1, 2, ... `DEPTHS` guesses."""
     guesses = np.array([length - 1 for a in answers for length in a.accept_lengths])
     return tuple(float(np.mean(guesses >= depth)) for depth in range(1, DEPTHS + 1))
+
+
+def _first_share(answers: Iterable[Answer]) -> float:
+    turns = [turn for answer in answers for turn in answer.turns]
+    return sum(turn.first_token_s for turn in turns) / sum(turn.wall_s for turn in turns)
+
+
+def _step_s(answers: Iterable[Answer]) -> float:
+    turns = [turn for answer in answers for turn in answer.turns]
+    steps = sum(len(turn.accept_lengths) - 1 for turn in turns)
+    return sum(turn.wall_s - turn.first_token_s for turn in turns) / steps if steps else 0.0
 
 
 def _acceptance(answers: Iterable[Answer]) -> float | None:

@@ -29,8 +29,11 @@ def generate(prompts, tokens, eos_ids):
     rows = [[prompt[-1] + 1 + n for n in range(tokens)] for prompt in prompts]
     return [[now + n // 2 for n in range(tokens)] for _ in prompts], rows
 
-print("libraries may print")
-serve(lambda: (generate, {"version": "1"}))
+def start():
+    print("libraries may print")
+    return generate, {"version": "1"}
+
+serve(start)
 """
 
 

@@ -9,7 +9,7 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from bench.spec.answers import Answer, Turn
-from bench.spec.statistics import OVERALL, acceptance_by_depth, by_round, summarize, tau
+from bench.spec.statistics import OVERALL, acceptance_by_depth, by_round, speedup, summarize, tau
 
 
 def answer(
@@ -56,6 +56,16 @@ def test_a_speed_up_is_the_ratio_of_mean_speeds_as_in_spec_bench() -> None:
     assert summary.first_token_s == pytest.approx(0.125)
 
 
+def test_time_is_split_at_the_first_token() -> None:
+    # A quarter of the wall time goes by before the first token, the rest is three steps.
+    summary = summarize(
+        _rounds(answer(1, "o", 4.0, (1, 3, 2, 1)), answer(1, "b", 8.0, (1,) * 7)), "o", "b", 0.0
+    )
+    assert summary is not None
+    assert summary.first_shares["qa"] == pytest.approx(0.25)
+    assert summary.step_s[OVERALL] == pytest.approx(1.0)
+
+
 def test_tau_is_over_steps_and_counts_the_targets_own_token() -> None:
     answers = [answer(1, "o", 1.0, (1, 3, 2)), answer(2, "o", 1.0, (1,) * 9)]
     assert tau(answers).value == pytest.approx(15 / 12)
@@ -99,13 +109,10 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
     chance = random.Random(3)
     truth, inside = 2.0, 0
     for _ in range(400):
-        answers = []
-        for number in range(25):
-            ratio = truth * math.exp(chance.gauss(-0.045, 0.3))  # mean 2
-            answers += [answer(number, "b", 1.0), answer(number, "o", 1 / ratio)]
-        summary = summarize(by_round(answers, 0.0), "o", "b", 0.0)
-        assert summary is not None
-        interval = summary.speedups[OVERALL]
+        ratios = [truth * math.exp(chance.gauss(-0.045, 0.3)) for _ in range(25)]  # mean 2
+        interval = speedup(
+            [(answer(n, "o", 1 / ratio), answer(n, "b", 1.0)) for n, ratio in enumerate(ratios)]
+        )
         assert interval.low is not None
         assert interval.high is not None
         inside += interval.low <= truth <= interval.high
