@@ -26,15 +26,34 @@ from outrider.redis_server import start_redis
 
 OURS = "outrider"
 """The contender that has all drafters."""
+_DATASTORE = "datastore"
 _POLL_S = 0.1
 
 
 @dataclass(frozen=True, slots=True)
 class DrafterSpec:
-    """What a drafter runs: a proposer, and its model if it has one."""
+    """What a drafter runs: a proposer, and its model (or datastore) if it has one."""
 
     proposer: str
     model: str | None = None
+
+    @property
+    def label(self) -> str:
+        """Its name in tables and files."""
+        return self.proposer.replace(":", "-").replace(",", "-")
+
+    @property
+    def arguments(self) -> list[str]:
+        """Options of the service."""
+        if self.model is None:
+            return ["--proposer", self.proposer]
+        kind = "--datastore" if self.proposer == _DATASTORE else "--model"
+        return ["--proposer", self.proposer, kind, self.model]
+
+    @property
+    def computes(self) -> bool:
+        """It runs a model."""
+        return self.model is not None and self.proposer != _DATASTORE
 
     @staticmethod
     def parse(text: str) -> DrafterSpec:
@@ -64,7 +83,7 @@ class FleetConfig:
         methods = {OURS: tuple(range(len(self.drafters)))}
         if self.each and len(self.drafters) > 1:
             for number, drafter in enumerate(self.drafters):
-                alone = f"{OURS}-{drafter.proposer}"
+                alone = f"{OURS}-{drafter.label}"
                 methods[f"{alone}-{number + 1}" if alone in methods else alone] = (number,)
         return methods
 
@@ -84,7 +103,7 @@ def spec_fleet(config: FleetConfig, console: Console) -> Iterator[Mapping[str, s
         log_dir=config.log_dir,
         cache_dir=config.cache_dir,
         port=None,
-        shared_cores=any(drafter.model for drafter in config.drafters),
+        shared_cores=any(drafter.computes for drafter in config.drafters),
     )
     with contextlib.ExitStack() as stack:
         redis = stack.enter_context(start_redis(None, config.log_dir / "redis.log"))
@@ -140,9 +159,9 @@ class _Services:
 
 
 def _drafter_command(config: FleetConfig, drafter: DrafterSpec) -> list[str]:
-    command = ["drafter_service", "--proposer", drafter.proposer, "--threads", "1"]
-    if drafter.model is not None:
-        command += ["--model", drafter.model, "--dtype", config.dtype, "--device", config.device]
+    command = ["drafter_service", *drafter.arguments, "--threads", "1"]
+    if drafter.computes:
+        command += ["--dtype", config.dtype, "--device", config.device]
         command += ["--cache-dir", str(config.cache_dir)]
     return command
 
