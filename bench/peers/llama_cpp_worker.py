@@ -41,12 +41,10 @@ def _start(
     params.cpuparams_batch.n_threads = threads
     params.cache_prompt = False
     params.warmup = True
-    params.port = 0
     if lookup:
         kinds = library.common_speculative_type
         params.speculative.types = [kinds.COMMON_SPECULATIVE_TYPE_NGRAM_SIMPLE]
     server = library.Server(params)
-    address = urlsplit(server.listening_address).netloc or server.listening_address
 
     def generate(
         prompts: list[list[int]], tokens: int, eos_ids: list[int]
@@ -63,12 +61,13 @@ def _start(
         }
         times: list[float] = []
         ids: list[int] = []
-        for event in _ask(address, request):
+        # The address is asked for here since the server lives as long as somebody refers to it.
+        for event in _ask(urlsplit(server.listening_address).netloc, request):
             now = time.perf_counter()
             made = list(event.get("tokens") or [])
             if event.get("stop") and event.get("stop_type") == "eos":
                 made.append(eos_ids[0])  # It is decoded, but not said.
-            if times and now - times[-1] < _SAME_STEP_S:
+            if lookup and times and now - times[-1] < _SAME_STEP_S:
                 now = times[-1]
             times += [now] * len(made)
             ids += made

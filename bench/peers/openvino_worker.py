@@ -31,9 +31,12 @@ def _start(
     genai = importlib.import_module("openvino_genai")
     numpy = importlib.import_module("numpy")
     settings: dict[str, Any] = {"INFERENCE_NUM_THREADS": threads}
-    pipeline = genai.LLMPipeline(
-        path, "CPU", **settings, **({"prompt_lookup": True} if lookup else {})
-    )
+    scheduler = genai.SchedulerConfig()
+    # Nobody profits here from prompts that were computed before.
+    scheduler.enable_prefix_caching = False
+    scheduler.max_num_batched_tokens = length_max
+    guessing = {"prompt_lookup": True} if lookup else {}
+    pipeline = genai.LLMPipeline(path, "CPU", scheduler_config=scheduler, **settings, **guessing)
 
     class Clock(genai.StreamerBase):  # type: ignore[misc, name-defined]
         """Notes when tokens come; those of one step come together."""
