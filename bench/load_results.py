@@ -135,8 +135,10 @@ def markdown(results: LoadResults) -> str:
         f" {goal.first_token_s:g} s and whose others take {1e3 * goal.per_token_s:g} ms at most in"
         " the mean.\n"
     )
-    header = ("requests/s", "", "tokens/s", "ratio", "first token p50, p95, s")
-    header += ("a token p50, p95, ms", "all p50, p95, s", "good/s")
+    header = (
+        *("requests/s", "", "tokens/s", "ratio", "first token p50, p95, s"),
+        *("a token p50, p95, ms", "all p50, p95, s", "good/s"),
+    )
     return f"{head}\n" + table(
         header, [_cells(results, rate, side) for rate in results.rates for side in SIDES]
     )
