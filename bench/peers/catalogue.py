@@ -98,6 +98,9 @@ def _elsewhere(name: str, target: Target, base: Sequence[str]) -> list[str]:
 
     kind = "bfloat16" if engine == "llama-cpp" else "float16"
     dtype = kind if target.dtype == "bfloat16" else target.dtype
-    path = write_gguf(target.folder, PEERS / "models", dtype)
+    try:
+        path = write_gguf(target.folder, PEERS / "models", dtype)
+    except (OSError, KeyError, ValueError) as error:
+        raise PeerError(f"its model cannot be written: {type(error).__name__}: {error}") from error
     module = f"bench.peers.{engine.replace('-', '_')}_worker"
     return [str(python), "-m", module, str(path), str(target.threads), length_max, *guesses]

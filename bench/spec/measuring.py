@@ -12,6 +12,7 @@ from bench.spec.answers import Answer, AnswerStore, Turn
 from bench.spec.contenders import BASELINE, Contender, Conversation
 from bench.spec.questions import Question
 
+_WARM_UP_TOKENS = 16
 Job = tuple[int, Question, float]
 """Repeat, question, temperature."""
 
@@ -67,11 +68,13 @@ class Field:
     def warm_up(self, question: Question, tokens_max: int, advance: Callable[[str], None]) -> None:
         """Let everybody compile and allocate, and note how long an answer takes then."""
         for name in list(self.contenders):
-            for _ in range(2):
+            # The first, short one compiles and allocates.
+            for tokens in (min(tokens_max, _WARM_UP_TOKENS), tokens_max):
+                if name not in self.contenders:
+                    break
                 advance(name)
                 begun_s = time.perf_counter()
-                chat = [("user", question.turns[0])]
-                self.ask(name, chat, tokens_max, 0.0, 0)
+                self.ask(name, [("user", question.turns[0])], tokens, 0.0, 0)
                 self.warm_up_s[name] = time.perf_counter() - begun_s
 
 
