@@ -14,8 +14,8 @@ from bench.drafting_fleet import BUDGET, DraftingFleet
 from bench.drafting_results import TARGET_ONLY, Ahead, Calibrated, Run
 from bench.engine_driver import GREEDY, EngineDriver, ModelThread, Trace
 from bench.lockstep import Known, Lockstep, decided
+from bench.pipeline_prompts import load_prompts
 from bench.sharing import Sharing, measure_sharing
-from bench.speculation import load_prompts
 from drafter_service.datastore import open_datastore
 from drafter_service.proposers.base import Proposer
 from drafter_service.proposers.cascade import CascadeProposer
