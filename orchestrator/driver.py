@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 
+from orchestrator.balancing import Balancer
 from orchestrator.canonical import request_to_bytes
 from orchestrator.config import DriverConfig
 from orchestrator.dispatch import Dispatch
@@ -50,6 +51,7 @@ from orchestrator.messages import (
     Fail,
     Finish,
     Forget,
+    MovePays,
     NotPlaced,
     Opened,
     OpenOnVerifier,
@@ -142,6 +144,7 @@ class Driver:
         self._journal = journal
         self._running: dict[int, Running] = {}
         self._dispatch = Dispatch(fleet, config.budget_limits, config.tenant_weights)
+        self._balancer = Balancer(fleet, lambda running: self.placer.held(running.prefix))
         self._rotation: Rotation = Rotation()
         self._unread: dict[Generation, float] = {}
         """Generations that have ended and not been left by whoever reads them, and since when."""
@@ -407,12 +410,14 @@ class Driver:
         if batch.step is not None:
             link.took_step(batch.step, now_s)
             self.meters.step_s.observe(batch.step.duration_s)
+            self._balancer.took_step(link, batch.step)
         for number, epoch in batch.opened:
             running = self._on(link, number)
             if running is not None:
                 running.heard_s = running.progress_s = now_s
                 self.meters.queued_s.observe(now_s - running.generation.started_s)
                 self._reporter.opened(running, now_s)
+                running.prefill_began_s = now_s
                 self._step(running, Opened(epoch))
         self._refused(link, batch.rejections, now_s)
         if batch.commits and link.breaker.failures:
@@ -432,6 +437,8 @@ class Driver:
             if running.trace is not None:
                 offset_s = link.clock_offset_s
                 running.trace.committed(now_s, link.address, offset_s, batch.step, commit, report)
+            if running.prefill_began_s is not None and commit.tokens:
+                self._balancer.committed(running, link, now_s)
             self._step(running, Committed(commit, report))
             if running.follower is not None and running.session.state is State.DECODING:
                 self._dispatch.predict(running)
@@ -555,6 +562,8 @@ class Driver:
                 off += self._review(some[turn::turns])
             for running in self._rotation.due(time.monotonic(), interval_s, off):
                 self._step(running, DrafterAvailable())
+            if self._config.rebalance:
+                self._rebalance(time.monotonic())
 
     def _forgive(self, late_s: float) -> None:
         """Blame nobody for the time in which this process itself stood still."""
@@ -562,6 +571,24 @@ class Driver:
             for running in self._running.values():
                 running.progress_s += late_s
                 running.heard_s += late_s
+
+    def _rebalance(self, now_s: float) -> None:
+        """Move a session to where it is served better, if one pays."""
+
+        def on(address: str) -> list[Running]:
+            numbers = self._fleet.verifiers[address].sessions
+            return [self._running[number] for number in numbers if number in self._running]
+
+        found = self._balancer.find(on, now_s)
+        if found is None:
+            return
+        running, move = found
+        running.moved_s = running.heard_s = running.progress_s = running.asked_s = now_s
+        running.missing_tokens = move.missing_tokens
+        self.meters.migrations["verifier", "rebalanced"] += 1
+        if running.trace is not None:
+            running.trace.decided(now_s, "moved", to=move.address, gain_s=move.gain_s)
+        self._step(running, MovePays(move.address))
 
     def _notice(self, sessions: list[Running]) -> None:
         config = self._config
@@ -720,7 +747,8 @@ class Driver:
             self._reporter.ended(running)
             if running.first_token_s:
                 lasted_s = time.monotonic() - running.generation.started_s
-                self._lasts_s += (lasted_s - self._lasts_s) / 16.0
+                share = 1.0 / 16.0 if self._lasts_s else 1.0
+                self._lasts_s += share * (lasted_s - self._lasts_s)
         self._homeless.discard(running)
         if not (running.generation.left or any(running.generation.unfinished())):
             self._unread[running.generation] = time.monotonic()
@@ -740,6 +768,7 @@ class Driver:
         running.heard_s = running.progress_s = running.asked_s = now_s
         if chosen is not None:
             self._homeless.discard(running)
+            running.missing_tokens = chosen.missing_tokens + len(running.session.output)
             if running.session.setback is not None:
                 cause = OUTCOMES.get(type(running.session.setback), "internal")
                 self.meters.migrations["verifier", cause] += 1
