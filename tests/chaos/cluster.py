@@ -76,7 +76,10 @@ class Cluster:
         self.config = config
         self.nodes: dict[str, Node] = {}
         self._stack = contextlib.ExitStack()
-        self._spawner = self._stack.enter_context(Child("tests.chaos.spawner"))
+        one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        environment = {**os.environ, **one_thread}
+        spawner = Child("tests.chaos.spawner", environment=environment)
+        self._spawner = self._stack.enter_context(spawner)
         self.links: dict[str, LinkProxy] = {}
         self.log_dir = config.folder / "logs"
         self._redis_url = ""
