@@ -44,7 +44,7 @@ class Pauses:
     """How long faults last."""
 
     least_s: float = 0.3
-    most_s: float = 5.0
+    most_s: float = 4.0
     long_s: float = 60.0
 
 

@@ -1,6 +1,6 @@
 """`python -m tests.chaos.run`: faults at random moments under load, and a report.
 
-    make chaos                                        # all of it: about 25 minutes on two cores
+    make chaos                                        # all of it: about 20 minutes on two cores
     make chaos CHAOS_ARGS="--parts faults --piece 3"  # one of the pieces that add up to it
     make chaos CHAOS_ARGS="--parts ''"                # what there is so far
 
