@@ -8,6 +8,7 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
+from typing import Any
 
 from bench.journal import Samples, measure
 from bench.placement import result_lines
@@ -18,21 +19,28 @@ STEP_S = 0.025
 DURATION_S = 5.0
 
 
-def placement_and_redis(results_dir: Path) -> dict[str, list[str]]:
-    """Measure; returns `result:` lines by part. Takes some minutes.
+def measure_placement(results_dir: Path) -> list[str]:
+    """Measure placement, and lookups among a million blocks; takes some minutes.
 
     Raises `subprocess.CalledProcessError`.
     """
     command = [sys.executable, "-m", "bench.placement", "--results-dir", str(results_dir)]
     subprocess.run(command, check=True)
-    record = json.loads((results_dir / "placement.json").read_text())
+    return result_lines(_record(results_dir))[:1]
+
+
+def measure_journal(results_dir: Path) -> list[str]:
+    """Measure what journals cost Redis, and add it to what `measure_placement` found of it."""
     with (
         tempfile.TemporaryDirectory() as folder,
         start_redis(None, Path(folder) / "redis.log") as server,
     ):
         samples = asyncio.run(measure(server.url, SESSIONS, STEP_S, DURATION_S))
-    placement, redis = result_lines(record, journal_words(samples))
-    return {"placement": [placement], "redis": [redis]}
+    return result_lines(_record(results_dir), journal_words(samples))[-1:]
+
+
+def _record(results_dir: Path) -> Any:
+    return json.loads((results_dir / "placement.json").read_text())
 
 
 def journal_words(samples: Samples) -> str:

@@ -22,7 +22,7 @@ from pathlib import Path
 import click
 
 from tests.chaos.cluster import Cluster, ClusterConfig
-from tests.chaos.costs import placement_and_redis
+from tests.chaos.costs import measure_journal, measure_placement
 from tests.chaos.faults import Havoc, Pauses, plan
 from tests.chaos.load import Load, cases, expectations
 from tests.chaos.overload import overload
@@ -32,6 +32,7 @@ from tests.chaos.witness import Witnesses
 from tests.chaos.worker_history import decided_in, faults_of_workers
 
 RESULTS = Path("bench") / "results"
+PARTS = ("faults", "overload", "placement", "redis")
 PIECES = 10
 LONG_STOPS = {3, 8}
 """Pieces in which Redis is stopped for a minute."""
@@ -129,9 +130,7 @@ def _overload(folder: Path) -> list[str]:
 
 
 @click.command()
-@click.option(
-    "--parts", default="faults,overload,costs", show_default=True, help="Some of them, or none."
-)
+@click.option("--parts", default=",".join(PARTS), show_default=True, help="Some of them, or none.")
 @click.option("--pieces", default=PIECES, show_default=True, help="That the faults consist of.")
 @click.option("--piece", "only", type=int, multiple=True, help="Only these of them, from 1.")
 @click.option("--each", default=2, show_default=True, help="Times of each deed in a piece.")
@@ -151,8 +150,8 @@ def main(
 ) -> None:
     """Break a fleet of processes in every way that it should survive."""
     chosen = {part.strip() for part in parts.split(",") if part.strip()}
-    if not chosen <= {"faults", "overload", "costs"}:
-        raise click.BadParameter("there are faults, overload and costs", param_hint="--parts")
+    if not chosen <= set(PARTS):
+        raise click.BadParameter(f"there are {', '.join(PARTS)}", param_hint="--parts")
     folder = folder or Path(tempfile.mkdtemp(prefix="outrider-chaos-"))
     store, good = Store(results_dir / "chaos.json"), True
     for number in only or range(1, pieces + 1) if "faults" in chosen else ():
@@ -163,9 +162,10 @@ def main(
         click.echo("\n".join(lines([piece])))
     if "overload" in chosen:
         store.put("overload", _overload(folder / "overload"))
-    if "costs" in chosen:
-        for part, said in placement_and_redis(results_dir).items():
-            store.put(part, said)
+    if "placement" in chosen:
+        store.put("placement", measure_placement(results_dir))
+    if "redis" in chosen:
+        store.put("redis", measure_journal(results_dir))
     all_pieces = [piece for _, piece in sorted(store.pieces.items())]
     if all_pieces:
         click.echo("\n".join(["", *table(all_pieces), "", *lines(all_pieces)[:-1]]))
