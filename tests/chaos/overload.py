@@ -6,6 +6,7 @@ Calm and overload take turns, so that whatever else the machine does falls on bo
 from __future__ import annotations
 
 import asyncio
+import gc
 import os
 import time
 from collections.abc import Iterator, Sequence
@@ -192,8 +193,17 @@ async def overload(
     `pids` are the processes whose memory is looked at. Raises `AssertionError` if a quick answer
     never comes again.
     """
-    # Or else one of the clients' own collections, of most of a second, would be measured.
+    # Or else a collection in this process, which takes most of a second, would be measured.
     keep_what_is_loaded()
+    try:
+        return await _overload(endpoint, capacity, spell_s, spells, pids)
+    finally:
+        gc.unfreeze()
+
+
+async def _overload(
+    endpoint: str, capacity: int, spell_s: float, spells: int, pids: Sequence[int]
+) -> Verdict:
     async with AsyncClient(endpoint) as client:
         calm, loaded = Pressure(client), Pressure(client)
         await Pressure(client).press(capacity, 0.5)  # first calls open connections and warm up

@@ -81,9 +81,10 @@ def piece_of(
         number=number,
         settings=settings,
         duration_s=round(duration_s, 1),
-        counts=done.counts,
-        in_flight=done.in_flight,
-        died=done.died,
+        # As what JSON gives back.
+        counts=dict(done.counts),
+        in_flight=dict(done.in_flight),
+        died=dict(done.died),
         generations=outcomes.generations + seen.generations,
         mismatches=outcomes.mismatches + len(seen.wrong),
         lost=outcomes.lost + len(seen.lost),

@@ -15,7 +15,7 @@ import contextlib
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -30,6 +30,7 @@ from tests.chaos.probe import HitProbe
 from tests.chaos.report import Piece, Store, lines, piece_of, results, table
 from tests.chaos.witness import Witnesses
 from tests.chaos.worker_history import decided_in, faults_of_workers
+from tests.support.reference import Case, Expected
 
 RESULTS = Path("bench") / "results"
 PARTS = ("faults", "overload", "placement", "redis")
@@ -57,14 +58,14 @@ class Scale:
 
 async def chaos(
     cluster: Cluster,
+    pairs: Sequence[tuple[Case, Expected]],
     scale: Scale,
     *,
     number: int,
     pauses: Pauses | None = None,
     say: Callable[[str], None] = lambda line: None,
 ) -> Piece:
-    """Generate while faults happen; returns when all of both have ended."""
-    pairs = expectations(cases(8, scale.tokens))
+    """Generate these cases while faults happen; returns when all of both have ended."""
     load = Load(cluster.endpoints, pairs, scale.clients - scale.witnesses, number)
     witnesses = Witnesses(cluster.endpoints, pairs, scale.witnesses, number)
     async with contextlib.aclosing(HitProbe(cluster.endpoints, number)) as probe:
@@ -105,13 +106,14 @@ def _piece(number: int, scale: Scale, folder: Path) -> Piece:
         orchestrator_options=("--worker-timeout", "2"),
     )
     click.echo(f"piece {number}: a fleet starts; its logs are in {folder / 'logs'}")
+    pairs = expectations(cases(8, scale.tokens))
     with Cluster(config) as cluster:
         begun_s = time.monotonic()
 
         def say(line: str) -> None:
             click.echo(f"piece {number}, {time.monotonic() - begun_s:5.1f} s: {line}")
 
-        return asyncio.run(chaos(cluster, scale, number=number, say=say))
+        return asyncio.run(chaos(cluster, pairs, scale, number=number, say=say))
 
 
 def _overload(folder: Path) -> list[str]:

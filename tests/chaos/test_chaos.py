@@ -53,8 +53,9 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 async def test_faults_at_random_moments_change_nothing(cluster):
-    scale = Scale(each=1, clients=6, tokens=112, redis_deeds=False, witnesses=1)
-    piece = await chaos(cluster, scale, number=SEED, pauses=Pauses(most_s=1.5))
+    pairs = expectations(cases(4, 112))
+    scale = Scale(each=1, clients=6, redis_deeds=False, witnesses=1)
+    piece = await chaos(cluster, pairs, scale, number=SEED, pauses=Pauses(most_s=1.5))
     report = "\n".join(lines([piece]))
     assert sum(piece.counts.values()) >= 8
     assert piece.generations >= 12

@@ -8,9 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.faults import MINUTE, Fault, plan
+from tests.chaos.faults import MINUTE, Done, Fault, plan
 from tests.chaos.history import Heard
-from tests.chaos.report import Piece, Store, lines, moves_s, results
+from tests.chaos.load import Outcomes
+from tests.chaos.report import Piece, Store, lines, moves_s, piece_of, results
+from tests.chaos.witness import Seen
 
 PIECE = Piece(
     number=1,
@@ -40,6 +42,15 @@ def last_line(pieces: list[Piece]) -> dict[str, str]:
     words = lines(pieces)[-1].split()
     assert words[:2] == ["result:", "chaos"]
     return dict(word.split("=") for word in words[2:])
+
+
+def test_a_run_is_kept_as_it_was(tmp_path: Path):
+    done = Done(Counter({"kill verifier": 2}), Counter({"kill verifier": 1}), Counter(verifier=1))
+    found = piece_of(
+        3, {"each": 1}, 1.0, done, Outcomes(), Seen(), worker_commits=0, worker_faults=[]
+    )
+    Store(tmp_path / "chaos.json").add(found)
+    assert Store(tmp_path / "chaos.json").pieces == {3: found}
 
 
 def test_pieces_add_up_and_one_that_is_repeated_counts_once(tmp_path: Path):
