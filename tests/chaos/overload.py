@@ -22,8 +22,10 @@ from tests.support.cases import request
 from tests.support.reference import Case
 
 CASE = Case(tuple(b"Overload"), 96, ignore_eos=True)
-PAUSE_MAX_S = 0.5
+PAUSE_MAX_S = 2.0
 """Clients follow the hint, but not for longer than a test wants to last."""
+RAMP_S = 0.5
+"""Within this time all clients have come."""
 TIMES = 5
 """So many times as much is asked for as there is room."""
 _PAGE_BYTES = os.sysconf("SC_PAGE_SIZE")
@@ -63,7 +65,7 @@ class Pressure:
         that makes them.
         """
         until_s = time.monotonic() + duration_s
-        delays_s = [number * PAUSE_MAX_S / clients for number in range(clients)]
+        delays_s = [number * RAMP_S / clients for number in range(clients)]
         await asyncio.gather(*(self._one(delay_s, until_s) for delay_s in delays_s))
 
     async def _one(self, delay_s: float, until_s: float) -> None:

@@ -13,6 +13,7 @@ from tests.chaos.faults import Done
 from tests.chaos.history import Heard, faults_of
 from tests.chaos.load import Outcomes
 from tests.chaos.witness import Seen
+from tests.chaos.worker_history import Decided, faults_of_workers, held_twice
 
 ON_ITS_WAY_S = 0.05
 """What a dead verifier had sent may still arrive for so long."""
@@ -40,6 +41,8 @@ class Piece:
     worker_commits: int
     worker_contradictions: int
     """In what verifiers committed."""
+    held_twice: int
+    """Epochs that two verifiers held; see `worker_history.held_twice`."""
     takeovers: int
     """Generations resumed elsewhere while their old streams were listened to."""
     positions: int
@@ -70,11 +73,11 @@ def piece_of(
     outcomes: Outcomes,
     seen: Seen,
     *,
-    worker_commits: int,
-    worker_faults: Sequence[str],
+    decided: Sequence[Decided],
 ) -> Piece:
     """Judge a run."""
     contradictions = faults_of([*outcomes.history, *seen.history])
+    worker_faults = faults_of_workers(decided)
     tally = outcomes.tally
     wrong = [*tally.faults, *outcomes.errors, *seen.wrong, *seen.lost, *contradictions]
     return Piece(
@@ -90,8 +93,9 @@ def piece_of(
         lost=outcomes.lost + len(seen.lost),
         doubled=outcomes.doubled,
         contradictions=len(contradictions),
-        worker_commits=worker_commits,
+        worker_commits=len(decided),
         worker_contradictions=len(worker_faults),
+        held_twice=held_twice(decided),
         takeovers=seen.takeovers,
         positions=tally.positions,
         ties=tally.ties,
@@ -178,7 +182,8 @@ def lines(pieces: Sequence[Piece]) -> list[str]:
         f"ids compared: {_sum(pieces, 'positions')}, near-ties {_sum(pieces, 'ties')}",
         f"heard by clients: {_sum(pieces, 'deliveries')} deliveries, "
         f"{_sum(pieces, 'contradictions')} contradictions; committed by verifiers: "
-        f"{_sum(pieces, 'worker_commits')}, {_sum(pieces, 'worker_contradictions')} contradictions",
+        f"{_sum(pieces, 'worker_commits')}, {_sum(pieces, 'worker_contradictions')} contradictions"
+        f", {_sum(pieces, 'held_twice')} epochs held twice",
         f"taken over while the old stream was listened to: {_sum(pieces, 'takeovers')}",
         f"longest silence of a generation: p50 {quantile(gaps, 0.5):.2f} s, "
         f"p99 {quantile(gaps, 0.99):.2f} s",

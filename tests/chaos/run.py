@@ -29,7 +29,7 @@ from tests.chaos.overload import overload
 from tests.chaos.probe import HitProbe
 from tests.chaos.report import Piece, Store, lines, piece_of, results, table
 from tests.chaos.witness import Witnesses
-from tests.chaos.worker_history import decided_in, faults_of_workers
+from tests.chaos.worker_history import decided_in
 from tests.support.reference import Case, Expected
 
 RESULTS = Path("bench") / "results"
@@ -92,8 +92,7 @@ async def chaos(
         done,
         outcomes,
         seen,
-        worker_commits=len(decided),
-        worker_faults=faults_of_workers(decided),
+        decided=decided,
     )
 
 

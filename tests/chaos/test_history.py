@@ -12,7 +12,7 @@ from outrider.journal import Outcome, Write
 from outrider.redis_server import start_redis
 from outrider.registry import Connection, Leases
 from tests.chaos.history import Heard, faults_of
-from tests.chaos.worker_history import Decided, decided_in, faults_of_workers
+from tests.chaos.worker_history import Decided, decided_in, faults_of_workers, held_twice
 from tests.support.cases import listen
 from tests.support.fleet import TARGET, load, orchestrator, verifier
 from tests.support.reference import Case, expect
@@ -59,12 +59,20 @@ def test_verifiers_that_follow_each_other_are_fine():
     assert faults_of_workers(history) == []
 
 
+def test_an_epoch_that_two_held_is_counted_and_both_must_have_said_the_same():
+    history = [decided(1, 8, 10), decided(2, 10, 14), decided(2, 9, 12, holder="v-2/1")]
+    history.append(decided(3, 14, 15))
+    assert held_twice(history) == 1
+    assert faults_of_workers(history) == []
+    other = decided(2, 9, 14, "other", holder="v-2/1")
+    assert any("two texts of 14" in fault for fault in faults_of_workers([*history, other]))
+
+
 @pytest.mark.parametrize(
     ("history", "fault"),
     [
         ([decided(1, 8, 10), decided(1, 11, 12)], "11 follows 10"),
         ([decided(1, 8, 10), decided(1, 9, 12)], "9 follows 10"),
-        ([decided(1, 8, 10), decided(1, 10, 11, holder="v-1/2")], "held by v-1/1 and v-1/2"),
         ([decided(1, 8, 10), decided(2, 11, 12)], "began at 11, behind 10"),
         ([decided(1, 8, 10), decided(2, 9, 10, "other")], "two texts of 10"),
         ([decided(1, 8, 8)], "a commit of nothing"),

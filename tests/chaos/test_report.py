@@ -28,6 +28,7 @@ PIECE = Piece(
     contradictions=0,
     worker_commits=1_000,
     worker_contradictions=0,
+    held_twice=0,
     takeovers=3,
     positions=6_400,
     ties=1,
@@ -46,9 +47,7 @@ def last_line(pieces: list[Piece]) -> dict[str, str]:
 
 def test_a_run_is_kept_as_it_was(tmp_path: Path):
     done = Done(Counter({"kill verifier": 2}), Counter({"kill verifier": 1}), Counter(verifier=1))
-    found = piece_of(
-        3, {"each": 1}, 1.0, done, Outcomes(), Seen(), worker_commits=0, worker_faults=[]
-    )
+    found = piece_of(3, {"each": 1}, 1.0, done, Outcomes(), Seen(), decided=[])
     Store(tmp_path / "chaos.json").add(found)
     assert Store(tmp_path / "chaos.json").pieces == {3: found}
 
