@@ -73,6 +73,7 @@ from orchestrator.resuming import Restored
 from orchestrator.session import Session, State
 from orchestrator.text import TextStream
 from orchestrator.tracing import SessionTrace
+from orchestrator.waitlist import Waitlist
 from orchestrator.workers import (
     NO_STEP,
     DrafterBatch,
@@ -104,8 +105,6 @@ REVIEWED_MAX = 1_024
 """Sessions whose drafters are reviewed in one sweep, about."""
 SWEEP_SLICE = 64
 """Sessions looked at in one go."""
-ROOM_MIN_S, ROOM_MAX_S = 0.1, 30.0
-"""Bounds of the advice when to try again."""
 UNREAD_S = 1.0
 """Output that nobody has read for so long after its end counts as a session."""
 STALL_S = 1.0
@@ -150,6 +149,7 @@ class Driver:
         """Generations that have ended and not been left by whoever reads them, and since when."""
         self._homeless: set[Running] = set()
         """Sessions that wait for a verifier to take them over."""
+        self._waitlist = Waitlist()
         self._lasts_s = 0.0
         """How long sessions take of late."""
         self._draining = False
@@ -264,8 +264,8 @@ class Driver:
         )
 
     def _room_in_s(self) -> float:
-        """When a session will probably have ended, if all goes on as of late."""
-        return min(ROOM_MAX_S, max(ROOM_MIN_S, self._lasts_s / max(1, len(self._running))))
+        """When there is probably room for one more who was refused, if all goes on as of late."""
+        return self._waitlist.wait_s(time.monotonic(), self._lasts_s / max(1, len(self._running)))
 
     def resume(
         self,
