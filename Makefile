@@ -62,7 +62,7 @@ node: ## Install the packages of the Node client in the contract tests
 fuzz: install ## Send a verifier 100,000 messages that are not as they should be (FUZZ_ARGS="--seed 2")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.fuzz.verifier_stream $(FUZZ_ARGS)
 
-chaos: install ## Kill, stop and cut off parts of a fleet at random, under load (CHAOS_ARGS="--each 5")
+chaos: install ## Kill, stop and cut off parts of a fleet at random, under load (CHAOS_ARGS="--piece 3")
 	@OMP_NUM_THREADS=1 $(BIN)/python -m tests.chaos.run $(CHAOS_ARGS)
 
 demo: install ## Start a small fleet and watch it decode (MODEL=..., DTYPE=...)

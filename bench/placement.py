@@ -236,7 +236,8 @@ async def _measure(effort: Effort, parts: set[str], seed: int, log_dir: Path) ->
     return record
 
 
-def _results(record: dict[str, Any]) -> list[str]:
+def result_lines(record: dict[str, Any], journal: str = "") -> list[str]:
+    """For scripts; `journal` is added to what is said of Redis."""
     lines = []
     ops = ""
     if "by KV" in record:
@@ -263,7 +264,7 @@ def _results(record: dict[str, Any]) -> list[str]:
                 f" lookup_p50_ms={lookups['p50_ms']:.2f} lookup_p99_ms={lookups['p99_ms']:.2f}"
                 f" blocks={lookups['blocks']} bytes_per_block={lookups['bytes_per_block']:.0f}"
             )
-        lines.append(f"result: redis{ops}")
+        lines.append(f"result: redis{ops}{journal}")
     return lines
 
 
@@ -283,7 +284,7 @@ def main(parts: str, quick: bool, seed: int, results_dir: Path) -> None:
         record = asyncio.run(_measure(QUICK if quick else Effort(), chosen, seed, Path(folder)))
     results_dir.mkdir(parents=True, exist_ok=True)
     (results_dir / "placement.json").write_text(json.dumps(record, indent=2) + "\n")
-    for line in _results(record):
+    for line in result_lines(record):
         print(line)
 
 

@@ -104,6 +104,12 @@ _LIMITS = DriverConfig().budget_limits
     help="Seconds after which a gRPC client that reads nothing is given up.",
 )
 @click.option(
+    "--rebalance/--no-rebalance",
+    default=DriverConfig.rebalance,
+    show_default=True,
+    help="Move generations to verifiers that serve them better, where it pays.",
+)
+@click.option(
     "--journal/--no-journal",
     default=True,
     show_default=True,
@@ -141,6 +147,7 @@ def command(
     worker_timeout_s: float,
     failover_wait_s: float,
     write_timeout_s: float,
+    rebalance: bool,
     journal: bool,
     journal_retention_s: float,
     journal_deadline_s: float,
@@ -162,6 +169,7 @@ def command(
             worker_timeout_s=worker_timeout_s,
             failover_wait_s=failover_wait_s,
             write_timeout_s=write_timeout_s,
+            rebalance=rebalance,
         ),
         journal=JournalConfig(retention_s=journal_retention_s, deadline_s=journal_deadline_s)
         if journal

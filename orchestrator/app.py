@@ -17,6 +17,7 @@ from orchestrator.prefix_lookup import PrefixLookup
 from orchestrator.service import SERVICE_NAMES, GenerationService
 from orchestrator.takeover import Takeover
 from outrider.registry import Connection, KvIndex, Leases, Registry, WorkerRecord, WorkerWatch
+from outrider.serving.garbage import keep_what_is_loaded
 from outrider.serving.server import Server, stop_requested
 from outrider.serving.telemetry import Tracing, tracing
 
@@ -65,6 +66,7 @@ async def _serve(config: OrchestratorConfig, spans: Tracing | None) -> None:
     try:
         async with _discovery(connection, fleet):
             address = await server.start()
+            keep_what_is_loaded()
             await server.set_ready(True)
             _log.info("listening on %s", address)
             if http is not None:

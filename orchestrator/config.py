@@ -38,6 +38,8 @@ class DriverConfig:
     """How long a session whose verifier was lost waits for another one; new requests do not."""
     write_timeout_s: float = 30.0
     """A gRPC client that reads nothing for so long is given up, and its generation with it."""
+    rebalance: bool = True
+    """Sessions move to verifiers that serve them better, after a scale-up say, where it pays."""
     sweep_interval_s: float = 0.5
     prefix_lookup_s: float = 0.005
     """Admission waits so long for Redis to say who holds a prompt's beginning."""

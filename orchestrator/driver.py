@@ -16,6 +16,7 @@ import uuid
 from collections.abc import Mapping
 from dataclasses import replace
 
+from orchestrator.balancing import Balancer
 from orchestrator.canonical import request_to_bytes
 from orchestrator.config import DriverConfig
 from orchestrator.dispatch import Dispatch
@@ -50,6 +51,7 @@ from orchestrator.messages import (
     Fail,
     Finish,
     Forget,
+    MovePays,
     NotPlaced,
     Opened,
     OpenOnVerifier,
@@ -71,6 +73,7 @@ from orchestrator.resuming import Restored
 from orchestrator.session import Session, State
 from orchestrator.text import TextStream
 from orchestrator.tracing import SessionTrace
+from orchestrator.waitlist import Waitlist
 from orchestrator.workers import (
     NO_STEP,
     DrafterBatch,
@@ -102,8 +105,6 @@ REVIEWED_MAX = 1_024
 """Sessions whose drafters are reviewed in one sweep, about."""
 SWEEP_SLICE = 64
 """Sessions looked at in one go."""
-ROOM_MIN_S, ROOM_MAX_S = 0.1, 30.0
-"""Bounds of the advice when to try again."""
 UNREAD_S = 1.0
 """Output that nobody has read for so long after its end counts as a session."""
 STALL_S = 1.0
@@ -142,11 +143,13 @@ class Driver:
         self._journal = journal
         self._running: dict[int, Running] = {}
         self._dispatch = Dispatch(fleet, config.budget_limits, config.tenant_weights)
+        self._balancer = Balancer(fleet, lambda running: self.placer.held(running.prefix))
         self._rotation: Rotation = Rotation()
         self._unread: dict[Generation, float] = {}
         """Generations that have ended and not been left by whoever reads them, and since when."""
         self._homeless: set[Running] = set()
         """Sessions that wait for a verifier to take them over."""
+        self._waitlist = Waitlist()
         self._lasts_s = 0.0
         """How long sessions take of late."""
         self._draining = False
@@ -261,8 +264,8 @@ class Driver:
         )
 
     def _room_in_s(self) -> float:
-        """When a session will probably have ended, if all goes on as of late."""
-        return min(ROOM_MAX_S, max(ROOM_MIN_S, self._lasts_s / max(1, len(self._running))))
+        """When there is probably room for one more who was refused, if all goes on as of late."""
+        return self._waitlist.wait_s(time.monotonic(), self._lasts_s / max(1, len(self._running)))
 
     def resume(
         self,
@@ -407,12 +410,14 @@ class Driver:
         if batch.step is not None:
             link.took_step(batch.step, now_s)
             self.meters.step_s.observe(batch.step.duration_s)
+            self._balancer.took_step(link, batch.step)
         for number, epoch in batch.opened:
             running = self._on(link, number)
             if running is not None:
                 running.heard_s = running.progress_s = now_s
                 self.meters.queued_s.observe(now_s - running.generation.started_s)
                 self._reporter.opened(running, now_s)
+                running.prefill_began_s = now_s
                 self._step(running, Opened(epoch))
         self._refused(link, batch.rejections, now_s)
         if batch.commits and link.breaker.failures:
@@ -432,6 +437,8 @@ class Driver:
             if running.trace is not None:
                 offset_s = link.clock_offset_s
                 running.trace.committed(now_s, link.address, offset_s, batch.step, commit, report)
+            if running.prefill_began_s is not None and commit.tokens:
+                self._balancer.committed(running, link, now_s)
             self._step(running, Committed(commit, report))
             if running.follower is not None and running.session.state is State.DECODING:
                 self._dispatch.predict(running)
@@ -555,6 +562,8 @@ class Driver:
                 off += self._review(some[turn::turns])
             for running in self._rotation.due(time.monotonic(), interval_s, off):
                 self._step(running, DrafterAvailable())
+            if self._config.rebalance:
+                self._rebalance(time.monotonic())
 
     def _forgive(self, late_s: float) -> None:
         """Blame nobody for the time in which this process itself stood still."""
@@ -562,6 +571,24 @@ class Driver:
             for running in self._running.values():
                 running.progress_s += late_s
                 running.heard_s += late_s
+
+    def _rebalance(self, now_s: float) -> None:
+        """Move a session to where it is served better, if one pays."""
+
+        def on(address: str) -> list[Running]:
+            numbers = self._fleet.verifiers[address].sessions
+            return [self._running[number] for number in numbers if number in self._running]
+
+        found = self._balancer.find(on, now_s)
+        if found is None:
+            return
+        running, move = found
+        running.moved_s = running.heard_s = running.progress_s = running.asked_s = now_s
+        running.missing_tokens = move.missing_tokens
+        self.meters.migrations["verifier", "rebalanced"] += 1
+        if running.trace is not None:
+            running.trace.decided(now_s, "moved", to=move.address, gain_s=move.gain_s)
+        self._step(running, MovePays(move.address))
 
     def _notice(self, sessions: list[Running]) -> None:
         config = self._config
@@ -720,7 +747,8 @@ class Driver:
             self._reporter.ended(running)
             if running.first_token_s:
                 lasted_s = time.monotonic() - running.generation.started_s
-                self._lasts_s += (lasted_s - self._lasts_s) / 16.0
+                share = 1.0 / 16.0 if self._lasts_s else 1.0
+                self._lasts_s += share * (lasted_s - self._lasts_s)
         self._homeless.discard(running)
         if not (running.generation.left or any(running.generation.unfinished())):
             self._unread[running.generation] = time.monotonic()
@@ -740,6 +768,7 @@ class Driver:
         running.heard_s = running.progress_s = running.asked_s = now_s
         if chosen is not None:
             self._homeless.discard(running)
+            running.missing_tokens = chosen.missing_tokens + len(running.session.output)
             if running.session.setback is not None:
                 cause = OUTCOMES.get(type(running.session.setback), "internal")
                 self.meters.migrations["verifier", cause] += 1

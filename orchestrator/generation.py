@@ -7,6 +7,7 @@ whatever the number of its choices.
 from __future__ import annotations
 
 import itertools
+import math
 from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
@@ -80,6 +81,12 @@ class Running:
     """What is known of who holds its prompt."""
     trace: SessionTrace | None = None
     """Timeline, if the request asked for one."""
+    missing_tokens: int = 0
+    """Of it, its verifier did not hold so many when it was chosen."""
+    prefill_began_s: float | None = None
+    """When its verifier took it; None: it has committed since."""
+    moved_s: float = -math.inf
+    """When it was moved to where it would be served better."""
     homeless_s: float | None = None
     """Since when it has waited for a verifier that takes it over."""
     commit_bytes: bytes = b""

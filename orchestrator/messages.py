@@ -85,6 +85,13 @@ class VerifierLost:
 
 
 @dataclass(frozen=True, slots=True)
+class MovePays:
+    """Another verifier would serve the session so much better that a move pays."""
+
+    address: str
+
+
+@dataclass(frozen=True, slots=True)
 class Silence:
     """Nothing came from the verifier for a while; perhaps a commit was lost."""
 
@@ -139,6 +146,7 @@ Event: TypeAlias = (
     | PromptScored
     | Committed
     | VerifierLost
+    | MovePays
     | Silence
     | DrafterAttached
     | DrafterGone

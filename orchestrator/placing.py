@@ -136,6 +136,10 @@ class Placer:
         if link is not None and hashes:
             self._memory.remember(hashes, link.incarnation, time.monotonic())
 
+    def held(self, prefix: Prefix) -> dict[str, int]:
+        """Return by verifiers' incarnation how many tokens of a prompt's beginning are held."""
+        return self._held_tokens(prefix, prefix.hashes)
+
     def _held_tokens(self, prefix: Prefix, hashes: Sequence[bytes]) -> dict[str, int]:
         """Return by incarnation how much of a text's beginning is held."""
         since_s = time.monotonic() - MEMORY_TRUST_S if prefix.looked_up else -math.inf

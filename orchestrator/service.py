@@ -68,6 +68,9 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
     ) -> None:
         """Generate what was asked for and stream it; leaving early frees both fleets."""
         async with self._answering(context, "Generate") as origin:
+            # Before it is read: what is refused must cost those who are served next to nothing.
+            if request.n <= self._config.sessions_max:  # More is no matter of trying again.
+                self._driver.check_room(max(1, request.n))
             info = model_named(request.model, self._fleet.models())
             asked = _request(request, self._config, _tenant(context))
             job = job_of(asked, info, self._fleet.codec(info), self._config)

@@ -31,6 +31,7 @@ from orchestrator.messages import (
     Fail,
     Finish,
     Forget,
+    MovePays,
     NotPlaced,
     Opened,
     OpenOnVerifier,
@@ -230,6 +231,32 @@ class Session:
     def _on_verifier_lost(self, event: VerifierLost) -> list[Command]:
         return self._place_again(Unavailable(f"the verifier was lost: {event.reason}"))
 
+    def _on_move_pays(self, event: MovePays) -> list[Command]:
+        """Go on elsewhere; a safe point is wherever the prompt is known and something was said.
+
+        Between two commits nothing is lost but the step under way.
+        """
+        if not self.safe_to_move or event.address == self.verifier:
+            return []
+        return [*self._leave(), *self._on_placed(Placed(event.address))]
+
+    @property
+    def safe_to_move(self) -> bool:
+        """Its verifier owes nothing but the next commit."""
+        said = len(self.output) - len(self.spec.committed)
+        owed = self.spec.prompt_logprobs is not None and not self.prompt_delivered
+        return self.state is State.DECODING and said > 0 and not owed
+
+    def _leave(self) -> list[Command]:
+        """Give up the present verifier, and all that is bound to its epoch."""
+        assert self.verifier is not None, "one was asked in every state that leads here"
+        commands: list[Command] = [AbortOnVerifier(self.verifier, self.epoch), *self._unbind_all()]
+        self.counters_before, self.report = self.counters, None
+        self.verifier = None
+        self.repeat_asked_at = None
+        self.state = State.PLACING
+        return commands
+
     def _place_again(self, setback: OutriderError, *, counts: bool = True) -> list[Command]:
         """Move to another verifier; prompt and committed tokens are all it needs.
 
@@ -244,12 +271,7 @@ class Session:
         self.setback = setback
         if self.attempts >= PLACEMENTS_MAX:
             return self._end(Fail(setback))
-        commands: list[Command] = [AbortOnVerifier(self.verifier, self.epoch), *self._unbind_all()]
-        self.counters_before, self.report = self.counters, None
-        self.verifier = None
-        self.repeat_asked_at = None
-        self.state = State.PLACING
-        return [*commands, PlaceVerifier(frozenset(self.tried))]
+        return [*self._leave(), PlaceVerifier(frozenset(self.tried))]
 
     def _on_prompt_scored(self, event: PromptScored) -> list[Command]:
         piece = event.piece
@@ -438,6 +460,7 @@ TRANSITIONS: dict[tuple[State, type], Callable[[Session, Any], list[Command]]] =
     (_DECODING, Committed): Session._on_committed,  # DECODING, or ENDED at the last one
     (_DECODING, Refused): Session._on_refused,  # PLACING, or ENDED
     (_DECODING, VerifierLost): Session._on_verifier_lost,  # PLACING, or ENDED
+    (_DECODING, MovePays): Session._on_move_pays,  # OPENING, one epoch higher, or DECODING
     (_DECODING, Silence): Session._on_silence,  # DECODING
     (_DECODING, DrafterAttached): Session._on_drafter_attached,  # DECODING
     (_DECODING, DrafterGone): Session._on_drafter_gone,  # DECODING
@@ -453,6 +476,7 @@ IGNORED: dict[tuple[State, type], str] = {
     (_PLACING, PromptScored): "of an older epoch: the session has moved",
     (_PLACING, Committed): "of an older epoch: the session has moved",
     (_PLACING, VerifierLost): "it has been given up already",
+    (_PLACING, MovePays): "it is moving as it is",
     (_PLACING, Silence): "nobody owes anything",
     (_PLACING, DrafterAttached): "the attachment would not outlive the epoch, so it is not made",
     (_PLACING, DrafterGone): "none is attached",
@@ -463,6 +487,7 @@ IGNORED: dict[tuple[State, type], str] = {
     (_OPENING, NotPlaced): "a verifier has been asked already",
     (_OPENING, PromptScored): "of an older epoch: the session has moved",
     (_OPENING, Committed): "of an older epoch: the session has moved",
+    (_OPENING, MovePays): "what a prefill has cost so far would be lost",
     (_OPENING, Silence): "the verifier owes no commit yet; its stream breaks if it is gone",
     (_DECODING, Placed): "a verifier has the session already",
     (_DECODING, NotPlaced): "a verifier has the session already",

@@ -447,6 +447,8 @@ class StepReport:
     """On the verifier's own clock."""
     pay_min: float = 0.0
     """If no guess is more probable than this, none was worth verifying in this step."""
+    prefill_tokens: int = 0
+    """Of the tokens, those of prompts."""
 
 
 @dataclass(frozen=True, slots=True)

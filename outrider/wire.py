@@ -387,6 +387,7 @@ def step_report_from_pb(message: verifier_pb2.StepReport) -> StepReport:
         message.plain_s,
         message.started_s,
         message.pay_min,
+        message.prefill_tokens,
     )
 
 
@@ -401,6 +402,7 @@ def step_report_to_pb(report: StepReport) -> verifier_pb2.StepReport:
         plain_s=report.plain_s,
         started_s=report.started_s,
         pay_min=report.pay_min,
+        prefill_tokens=report.prefill_tokens,
     )
 
 

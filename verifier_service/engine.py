@@ -403,6 +403,7 @@ class Engine:
             plain_s=plain_s,
             started_s=started,
             pay_min=min(1.0, self._calibrations.pay_min),
+            prefill_tokens=prefill,
         )
         # To those in prefill, and to those that wait: a step is a sign of life.
         connections = {plan.seat.session.connection for plan in plans}
@@ -498,6 +499,17 @@ class Engine:
         commit = Commit(session.spec.epoch, base_length, verdict.tokens, last)
         report = CommitReport(session.counters(), sources, verdict.finish_reason, logprobs)
         self._to(session.connection).commits.append((session.spec.session, commit, report))
+        if _log.isEnabledFor(logging.DEBUG):
+            # Digests, not ids: what is said to whom is in no log.
+            length = len(session.log)
+            _log.debug(
+                "committed session=%016x epoch=%d base=%d length=%d digest=%016x",
+                session.spec.session,
+                session.spec.epoch,
+                base_length,
+                length,
+                session.log.digest_at(length),
+            )
         if last:
             self._remember(plan.seat, report)
 

@@ -76,6 +76,8 @@ class Completions(Generic[BodyT]):
         send: Send,
         origin: Origin,
     ) -> None:
+        # Before it is read: what is refused must cost those who are served next to nothing.
+        self._driver.check_room(1)
         asked = self._read(parse(self._kind, data), tenant)
         begun: tuple[KnownPosition, ...] = ()
         if last_event:

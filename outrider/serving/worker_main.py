@@ -7,6 +7,7 @@ import logging
 from collections.abc import Callable
 from contextlib import AbstractAsyncContextManager
 
+from outrider.serving.garbage import keep_what_is_loaded
 from outrider.serving.server import Server, stop_requested
 
 _log = logging.getLogger(__name__)
@@ -29,6 +30,7 @@ async def serve_until_stopped(
     context lasts. `load` counts what would be cut off, `hang_up` ends the streams.
     """
     address = await server.start()
+    keep_what_is_loaded()
     async with publish(address):
         await server.set_ready(True)
         _log.info("listening on %s", address)

@@ -8,11 +8,14 @@ import signal
 import socket
 import sys
 import time
+from collections import Counter
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Self
+
+from redis import Redis
 
 from bench.children import Child
 from bench.links import LinkProxy, LinkShape
@@ -73,10 +76,15 @@ class Cluster:
         self.config = config
         self.nodes: dict[str, Node] = {}
         self._stack = contextlib.ExitStack()
-        self._spawner = self._stack.enter_context(Child("tests.chaos.spawner"))
+        one_thread = {"OMP_NUM_THREADS": "1", "OMP_WAIT_POLICY": "passive"}
+        environment = {**os.environ, **one_thread}
+        spawner = Child("tests.chaos.spawner", environment=environment)
+        self._spawner = self._stack.enter_context(spawner)
         self.links: dict[str, LinkProxy] = {}
         self.log_dir = config.folder / "logs"
         self._redis_url = ""
+        self._count: Counter[str] = Counter()
+        """Workers that were ever defined, by role."""
 
     def __enter__(self) -> Self:
         try:
@@ -156,6 +164,51 @@ class Cluster:
         code = self._spawner.ask({"poll": node.pid})["code"]
         return None if code is None else int(code)
 
+    def pids(self, *roles: str) -> list[int]:
+        """Process ids of all nodes of these roles."""
+        return [node.pid for role in roles for node in self.of(role)]
+
+    def sessions_of(self, node: Node) -> int:
+        """Sessions under way on a node, as the orchestrators see it; not for Redis."""
+        total = 0
+        for one in self.of("orchestrator"):
+            if node.role == "orchestrator" and one is not node:
+                continue
+            with contextlib.suppress(OutriderError), Client(one.address) as client:
+                total += sum(
+                    worker.sessions
+                    for worker in client.workers()
+                    if worker.address == node.advertised
+                    or (node.role == "orchestrator" and worker.role == "verifier")
+                )
+        return total
+
+    def tell_redis(self, *commands: str) -> None:
+        """Have Redis carry out commands, whatever its link does."""
+        host, _, port = self.nodes["redis-1"].address.rpartition(":")
+        with contextlib.closing(Redis(host=host, port=int(port))) as client:
+            for command in commands:
+                client.execute_command(*command.split())
+
+    def second(self, name: str) -> str:
+        """Start a worker that is to take the place of another one; returns its name.
+
+        Its link is in the same process: none is started where gRPC's threads run.
+        """
+        role = self.nodes[name].role
+        self._count[role] += 1
+        new = f"{role}-{self._count[role]}"
+        self.links[new] = self.links[name]
+        (self._define_verifier if role == "verifier" else self._define_drafter)(new)
+        self.start(new)
+        return new
+
+    def retire(self, name: str, grace_s: float) -> int:
+        """Ask a node to end for good; returns its exit code. Raises `AssertionError`."""
+        code = self.terminate(name, grace_s)
+        del self.nodes[name]
+        return code
+
     def cut(self, name: str, cut: bool) -> None:
         """Stop all that flows to a node, or let it flow again: nothing is lost on the way."""
         os.kill(self.links[name].pid, signal.SIGSTOP if cut else signal.SIGCONT)
@@ -195,21 +248,33 @@ class Cluster:
         options = ["--port", port, "--bind", "127.0.0.1", "--save", "", "--appendonly", "no"]
         redis.argv = [binary, *options]
         self._redis_url = f"redis://{self._linked('redis-1')}/0"
+        self._count = Counter(verifier=config.verifiers, drafter=config.drafters)
         for number in range(1, config.verifiers + 1):
-            options = ["--model", config.model, "--threads", "1"]
-            options += ["--sessions-max", str(config.sessions_max)]
-            options += ["--cache-dir", str(config.folder / "cache")]
-            self._add_worker(f"verifier-{number}", "verifier_service", options)
+            self._define_verifier(f"verifier-{number}")
         for number in range(1, config.drafters + 1):
-            options = ["--proposer", "lookup"]
-            if number == 1 and config.model == TARGET:
-                options = ["--proposer", "language-model", "--model", DRAFT, "--threads", "1"]
-                options += ["--cache-dir", str(config.folder / "cache")]
-            self._add_worker(f"drafter-{number}", "drafter_service", options)
+            self._define_drafter(f"drafter-{number}")
         for number in range(1, config.orchestrators + 1):
             # Several on one machine: without the door, which has one default address.
             given = ("--http-address", "off", *config.orchestrator_options)
             self._add(f"orchestrator-{number}", "orchestrator", options=given)
+
+    def _define_verifier(self, name: str) -> None:
+        config = self.config
+        options = ["--model", config.model, "--threads", "1"]
+        options += ["--sessions-max", str(config.sessions_max)]
+        options += ["--cache-dir", str(config.folder / "cache")]
+        # What it commits is among what it logs then.
+        options += ["--log-level", "debug"]
+        self._add_worker(name, "verifier_service", options)
+
+    def _define_drafter(self, name: str) -> None:
+        config = self.config
+        options = ["--proposer", "lookup"]
+        # Odd ones have a model.
+        if int(name.rpartition("-")[2]) % 2 and config.model == TARGET:
+            options = ["--proposer", "language-model", "--model", DRAFT, "--threads", "1"]
+            options += ["--cache-dir", str(config.folder / "cache")]
+        self._add_worker(name, "drafter_service", options)
 
     def _add_worker(self, name: str, module: str, options: list[str]) -> None:
         node = self._add(name, module, link=True)
@@ -227,7 +292,7 @@ class Cluster:
         argv = [sys.executable, "-m", module, "--port", str(port)]
         argv += ["--drain", str(self.config.drain_s), *options]
         node = self.nodes[name] = Node(name, argv, f"127.0.0.1:{port}")
-        if link:
+        if link and name not in self.links:
             self.links[name] = self._stack.enter_context(LinkProxy())
         return node
 

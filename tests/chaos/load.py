@@ -13,7 +13,7 @@ from outrider.client import AsyncClient, Delta, Started
 from outrider.errors import OutriderError
 from tests.chaos.history import Heard
 from tests.support.cases import PROMPTS, SAMPLED, request
-from tests.support.fleet import TARGET
+from tests.support.fleet import TARGET, until
 from tests.support.reference import Case, Expected, Tally, expect
 
 
@@ -75,6 +75,14 @@ class Load:
         self._stopping = True
         await asyncio.gather(*self._tasks)
         return self.outcomes
+
+    async def until(self, generations: int, timeout_s: float) -> None:
+        """Wait until so many have ended. Raises `AssertionError`."""
+
+        async def ended() -> bool:
+            return self.outcomes.generations >= generations
+
+        await until(ended, what=f"{generations} generations have ended", timeout_s=timeout_s)
 
     async def _client(self, number: int) -> None:
         chance = random.Random(self._seed * 1_000 + number)

@@ -16,11 +16,13 @@ from outrider.client import AsyncClient
 from outrider.committed import digest
 from outrider.v1 import generation_pb2, generation_pb2_grpc
 from tests.chaos.cluster import Cluster, ClusterConfig
+from tests.chaos.faults import Fault, Pauses, begin, mend
 from tests.chaos.history import Heard, faults_of
 from tests.chaos.load import Load, cases, expectations
-from tests.chaos.overload import overload
+from tests.chaos.overload import Verdict, overload
+from tests.chaos.probe import HitProbe
 from tests.chaos.report import lines
-from tests.chaos.run import chaos
+from tests.chaos.run import Scale, chaos
 from tests.support.cases import request
 from tests.support.fleet import until
 
@@ -30,6 +32,11 @@ pytestmark = [
     pytest.mark.timeout(240),
 ]
 SEED = int(os.environ.get("CHAOS_SEED", "1"))
+LONG_STOP_S = 3.0
+"""`make chaos` stops Redis for a minute."""
+RATIO_MAX = 1.5
+"""Of the p99 under overload and without."""
+GROWN_BYTES_MAX = 48 << 20
 
 
 @pytest.fixture(scope="module")
@@ -46,13 +53,36 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Cluster]:
 
 
 async def test_faults_at_random_moments_change_nothing(cluster):
-    done, outcomes = await chaos(cluster, each=1, clients=5, tokens=112, seed=SEED, pause_max_s=1.5)
-    report = lines(done, outcomes)
-    assert done.counts.total() >= 8
-    assert outcomes.generations >= 12
+    pairs = expectations(cases(4, 112))
+    scale = Scale(each=1, clients=6, redis_deeds=False, witnesses=1)
+    piece = await chaos(cluster, pairs, scale, number=SEED, pauses=Pauses(most_s=1.5))
+    report = "\n".join(lines([piece]))
+    assert sum(piece.counts.values()) >= 8
+    assert piece.generations >= 12
+    assert piece.worker_commits > 0
+    assert piece.ties <= 1 + 0.01 * piece.positions
+    assert piece.good, report
+
+
+async def test_redis_may_do_what_it_likes(cluster):
+    """Generations go on and nothing is lost; what had been found in Redis is found again."""
+    load = Load(cluster.endpoints, expectations(cases(2, 64)), concurrency=2, seed=SEED)
+    async with contextlib.aclosing(HitProbe(cluster.endpoints, SEED)) as probe:
+        load.start()
+        for deed in ("flush", "restart", "kill", "delay", "fill", "stop for long"):
+            fault = Fault("redis", deed)
+            assert await probe.plant(), f"before {fault}"
+            await asyncio.to_thread(begin, cluster, fault, "redis-1")
+            try:
+                # At least one of them began when it had happened already.
+                await load.until(load.outcomes.generations + 3, timeout_s=30)
+                await asyncio.sleep(LONG_STOP_S if deed == "stop for long" else 0)
+            finally:
+                await asyncio.to_thread(mend, cluster, fault, "redis-1")
+            assert await probe.recovered(20.0), f"after {fault}"
+        outcomes = await load.stop()
+    assert outcomes.errors == []
     outcomes.tally.assert_identical()
-    assert (outcomes.lost, outcomes.doubled) == (0, 0), report
-    assert not faults_of(outcomes.history)
 
 
 async def test_a_rolling_restart_fails_no_request(cluster):
@@ -69,6 +99,21 @@ async def test_a_rolling_restart_fails_no_request(cluster):
     outcomes.tally.assert_identical()
     logs = {path.name: path.read_text() for path in cluster.log_dir.glob("*.log")}
     assert [name for name, text in logs.items() if "Traceback" in text] == []
+
+
+async def test_workers_are_replaced_under_load(cluster):
+    """New ones under new names come first, then the old ones are told to go."""
+    load = Load(cluster.endpoints, expectations(cases(4, 128)), concurrency=3, seed=SEED + 1)
+    load.start()
+    for role in ("drafter", "verifier"):
+        for node in cluster.of(role):
+            await asyncio.to_thread(cluster.second, node.name)
+            await asyncio.to_thread(cluster.wait_ready)
+            assert await asyncio.to_thread(cluster.retire, node.name, 20.0) == 0, node.name
+    outcomes = await load.stop()
+    assert outcomes.generations >= 4
+    assert outcomes.errors == []
+    outcomes.tally.assert_identical()
 
 
 async def test_a_verifier_that_stands_still_counts_as_lost(cluster):
@@ -164,14 +209,18 @@ async def test_overload_is_refused_and_admitted_work_is_not_slowed_down(tmp_path
         orchestrators=1,
         orchestrator_options=("--sessions-max", str(capacity)),
     )
+    verdicts: list[Verdict] = []
     with Cluster(config) as cluster:
-        verdict = await overload(cluster.endpoints[0], capacity, 3.0)
-    loaded = verdict.loaded
+        pids = cluster.pids("orchestrator", "verifier")
+        # Other tests share the processors, and a 99th percentile is soon spoilt: best of three.
+        while not verdicts or (verdicts[-1].worst_ratio > RATIO_MAX and len(verdicts) < 3):
+            verdicts.append(await overload(cluster.endpoints[0], capacity, 2.0, 3, pids))
+    verdict, loaded = verdicts[-1], verdicts[-1].loaded
+    assert verdict.worst_ratio <= RATIO_MAX, [one.line() for one in verdicts]
     assert loaded.errors == []
     assert len(loaded.totals_s) >= capacity
-    assert loaded.refused == loaded.hinted > 0
-    assert loaded.ids == verdict.unloaded.ids
+    assert loaded.refused == loaded.hinted > len(loaded.totals_s)
+    assert loaded.ids == verdict.calm.ids
     assert len(loaded.ids) == 1
-    # `make chaos` reports it; here other tests share the processors.
-    assert verdict.ratio < 3.0, verdict.line()
+    assert verdict.grown_bytes < GROWN_BYTES_MAX
     assert verdict.recovered_s < 10.0

@@ -12,6 +12,7 @@ from outrider.journal import Outcome, Write
 from outrider.redis_server import start_redis
 from outrider.registry import Connection, Leases
 from tests.chaos.history import Heard, faults_of
+from tests.chaos.worker_history import Decided, decided_in, faults_of_workers, held_twice
 from tests.support.cases import listen
 from tests.support.fleet import TARGET, load, orchestrator, verifier
 from tests.support.reference import Case, expect
@@ -41,6 +42,59 @@ def test_one_stream_after_the_other_is_fine():
 )
 def test_what_cannot_be_is_found(history, fault):
     assert any(fault in found for found in faults_of(history))
+
+
+def decided(epoch: int, base: int, length: int, digest: str = "", holder: str = "v-1/1") -> Decided:
+    return Decided(holder, "s", epoch, base, length, digest or f"{length:x}")
+
+
+def test_verifiers_that_follow_each_other_are_fine():
+    history = [
+        decided(1, 8, 10),
+        decided(1, 10, 11),
+        decided(1, 11, 14),  # goes on for nobody
+        decided(2, 11, 12, holder="v-2/1"),
+        decided(2, 12, 15, holder="v-2/1"),
+    ]
+    assert faults_of_workers(history) == []
+
+
+def test_an_epoch_that_two_held_is_counted_and_both_must_have_said_the_same():
+    history = [decided(1, 8, 10), decided(2, 10, 14), decided(2, 9, 12, holder="v-2/1")]
+    history.append(decided(3, 14, 15))
+    assert held_twice(history) == 1
+    assert faults_of_workers(history) == []
+    other = decided(2, 9, 14, "other", holder="v-2/1")
+    assert any("two texts of 14" in fault for fault in faults_of_workers([*history, other]))
+
+
+@pytest.mark.parametrize(
+    ("history", "fault"),
+    [
+        ([decided(1, 8, 10), decided(1, 11, 12)], "11 follows 10"),
+        ([decided(1, 8, 10), decided(1, 9, 12)], "9 follows 10"),
+        ([decided(1, 8, 10), decided(2, 11, 12)], "began at 11, behind 10"),
+        ([decided(1, 8, 10), decided(2, 9, 10, "other")], "two texts of 10"),
+        ([decided(1, 8, 8)], "a commit of nothing"),
+    ],
+)
+def test_what_verifiers_cannot_have_done_is_found(history, fault):
+    assert any(fault in found for found in faults_of_workers(history))
+
+
+def test_commits_are_read_from_a_log_of_several_incarnations():
+    log = """\
+2026-11-21 17:00:00,001 INFO    verifier outrider.serving: listening on 127.0.0.1:1
+2026-11-21 17:00:00,002 DEBUG   verifier verifier_service.engine: committed session=0a epoch=1 \
+base=8 length=10 digest=0f
+something else
+2026-11-21 17:00:01,001 INFO    verifier outrider.serving: listening on 127.0.0.1:1
+2026-11-21 17:00:01,002 DEBUG   verifier verifier_service.engine: committed session=0b epoch=2 \
+base=3 length=4 digest=0e
+"""
+    first, second = decided_in("v-1", log.splitlines())
+    assert first == Decided("v-1/1", "0a", 1, 8, 10, "0f")
+    assert (second.incarnation, second.session) == ("v-1/2", "0b")
 
 
 class Slow(Leases):

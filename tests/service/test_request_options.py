@@ -12,6 +12,8 @@ import pytest
 
 from orchestrator import jobs
 from orchestrator.config import DriverConfig
+from orchestrator.placing import Placer
+from orchestrator.prefix_memory import Prefix
 from outrider.client import (
     Client,
     Collector,
@@ -453,6 +455,30 @@ async def test_every_choice_counts_against_the_limit() -> None:
             await running.client.complete_all(wanted(n=6))
         await events.aclose()
         await more.aclose()
+
+
+class Counting(Placer):
+    """Counts the prompts that are looked at."""
+
+    asked = 0
+
+    async def find(self, job: jobs.Job) -> Prefix:
+        self.asked += 1
+        return await super().find(job)
+
+
+async def test_what_there_is_no_room_for_is_not_even_read() -> None:
+    async with fleet(endless, DriverConfig(sessions_max=1)) as (running, _):
+        placer = running.driver.placer = Counting(running.fleet)
+        events = running.client.generate(wanted())
+        await anext(events)
+        assert placer.asked == 1
+        for _ in range(5):
+            with pytest.raises(Exhausted) as caught:
+                await running.client.complete(wanted())
+            assert caught.value.retry_after_s is not None
+        assert placer.asked == 1
+        await events.aclose()
 
 
 async def test_stop_strings_end_each_choice_by_itself() -> None:

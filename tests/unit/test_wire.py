@@ -248,6 +248,11 @@ def test_step_reports_are_read() -> None:
     assert wire.step_report_from_pb(message) == StepReport(0.25, 3, 17)
 
 
+def test_step_reports_come_back() -> None:
+    report = StepReport(0.25, 3, 70, 400, 2, 0.125, 8.5, 0.5, prefill_tokens=64)
+    assert wire.step_report_from_pb(wire.step_report_to_pb(report)) == report
+
+
 # --- what may be absent -----------------------------------------------------------------------
 
 

@@ -30,6 +30,7 @@ from orchestrator.messages import (
     Fail,
     Finish,
     Forget,
+    MovePays,
     NotPlaced,
     Opened,
     OpenOnVerifier,
@@ -213,6 +214,7 @@ EVENTS: list[Event] = [
     prompt_scored(1, 2, 3),
     committed(3, 0),
     VerifierLost("gone"),
+    MovePays("v9"),
     Silence(),
     DrafterAttached(77, "d9"),
     DrafterGone(1),
@@ -646,6 +648,43 @@ def test_a_lost_verifier_costs_nothing_that_was_committed() -> None:
     assert commands[-2] == Finish(FinishReason.LENGTH, 3, SpeculationCounters(verify_steps=6))
 
 
+def test_a_move_that_pays_costs_nothing_that_was_committed() -> None:
+    session = decoding(drafters=["d1"])
+    session.step(committed(3, 0, 1, steps=2))
+    abort, unbind, opened, attach = session.step(MovePays("v2"))
+    assert (abort, unbind) == (AbortOnVerifier("v1", 1), UnbindDrafter(1, "d1"))
+    assert opened == OpenOnVerifier(replace(session.spec, epoch=2, committed=(0, 1)))
+    assert attach == AttachDrafters(1, frozenset())
+    assert (session.state, session.verifier) == (State.OPENING, "v2")
+    # What the first had sent meanwhile will be computed again.
+    assert session.step(committed(5, 2, epoch=1)) == []
+    session.step(Opened(2))
+    commands = session.step(committed(5, 2, epoch=2, reason=FinishReason.LENGTH, steps=3))
+    assert commands[-2] == Finish(FinishReason.LENGTH, 3, SpeculationCounters(verify_steps=5))
+
+
+def test_a_session_moves_at_safe_points_only() -> None:
+    session = decoding()
+    # Its prompt was computed for nothing if it left now.
+    assert session.step(MovePays("v2")) == []
+    session.step(committed(3, 0))
+    assert session.step(MovePays("v1")) == []  # it is there already
+    session.step(MovePays("v2"))
+    session.step(Opened(2))
+    assert not session.safe_to_move
+    session.step(committed(4, 1, epoch=2))
+    assert session.safe_to_move
+
+
+def test_whoever_refuses_a_session_that_moves_there_is_not_asked_again() -> None:
+    session = decoding()
+    session.step(committed(3, 0))
+    session.step(MovePays("v2"))
+    commands = session.step(refused(RejectionCode.EXHAUSTED, epoch=2))
+    assert commands == [AbortOnVerifier("v2", 2), PlaceVerifier(frozenset({"v2"}))]
+    assert session.attempts == 0
+
+
 def test_a_move_forgets_what_was_asked_of_the_old_verifier() -> None:
     session = decoding()
     assert session.step(committed(5, 9)) == [AskRepeat(1, 3)]
@@ -907,6 +946,7 @@ class World:
             NotPlaced: NotPlaced("none"),
             Opened: Opened(epoch),
             VerifierLost: VerifierLost("reset"),
+            MovePays: MovePays(f"v{number % 9}"),
             Silence: Silence(),
             DrafterGone: DrafterGone(binding, refused=number % 5 == 0),
             DrafterUseless: DrafterUseless(binding),
@@ -926,6 +966,7 @@ STORM = [
     DrafterUseless,
     DrafterUseless,
     *[VerifierLost] * 3,
+    *[MovePays] * 3,
     Refused,
     NotPlaced,
     ClientGone,
