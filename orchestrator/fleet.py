@@ -217,6 +217,16 @@ class Fleet:
             for links in (self.verifiers if record.role == "verifier" else self.drafters,)
         }
 
+    def kv_shares(self) -> dict[str, float]:
+        """What share of its KV each ready verifier uses, as far as the registry says."""
+        return {
+            link.address: elsewhere.kv_share
+            for link in self.verifiers.values()
+            if link.state is LinkState.READY
+            and (elsewhere := self._elsewhere.get(link.address)) is not None
+            and elsewhere.incarnation == link.incarnation
+        }
+
     @property
     def prediction_source(self) -> int:
         """Source number of what clients predict; one for all, as if it were one drafter."""

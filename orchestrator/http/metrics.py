@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -48,6 +48,20 @@ NAMES: Mapping[str, str] = {
     "speculation_length": "How many guesses does a session bring into a step, on average?",
     "estimated_speedup_ratio": "How much faster is a session than without guesses, by its steps?",
     "sessions": "How many sessions does each role hold for this orchestrator?",
+    "sessions_max": "How many sessions does this orchestrator take?",
+    "connections": "How many HTTP clients are connected?",
+    "connections_max": "How many are let in?",
+    "cpu_seconds_total": "How much processor time has this process used?",
+    "worker_sessions": "How many sessions does a worker hold for this orchestrator?",
+    "worker_sessions_max": "How many does it take, whoever they are for?",
+    "verify_rows": "How many sessions decode on a verifier, whoever they are for?",
+    "plain_step_seconds": "How long would a verify step take without guesses?",
+    "pay_probability_min": "How probable must a guess be to be worth verifying?",
+    "verifier_rtt_seconds": "How far is a verifier from here, there and back?",
+    "draft_step_seconds": "How long does a drafter's growing step take?",
+    "draft_leaves_max": "How many guesses does such a step expand at most? 0: no bound.",
+    "draft_gain_tokens": "What does a drafter win for a session, in tokens a verify step?",
+    "kv_used_ratio": "What share of a verifier's KV is in use? Known from Redis only.",
     "queue_depth": "How many admitted sessions wait for room for their KV?",
     "kv_tokens_used": "How many tokens of KV are in use, by verifier?",
     "engine_silence_seconds": "For how long has a verifier with sessions taken no step?",
@@ -72,8 +86,11 @@ class Exposition(Collector):
         responses: Mapping[tuple[str, int], int],
         *,
         vllm_names: bool,
+        connections: Callable[[], int] = lambda: 0,
+        connections_max: int = 0,
     ) -> None:
         """With `vllm_names`, what has a name in vLLM is exported under that, too."""
+        self._connections, self._connections_max = connections, connections_max
         self._driver, self._fleet, self._responses = driver, fleet, responses
         self._vllm_names = vllm_names
         self._registry = CollectorRegistry(auto_describe=False)
@@ -89,6 +106,7 @@ class Exposition(Collector):
         yield from self._of_requests()
         yield from self._of_speculation(counters)
         yield from self._of_workers(counters)
+        yield from self._of_sizes()
         if self._vllm_names:
             yield from self._under_vllm_names(counters)
 
@@ -178,6 +196,37 @@ class Exposition(Collector):
             known[status.role, status.state] = known.get((status.role, status.state), 0) + 1
         yield _gauge("workers", ["role", "state"], known.items())
         yield _gauge("draining", [], [((), float(self._driver.draining))])
+
+    def _of_sizes(self) -> Iterator[Metric]:
+        """What the fleet controller sizes fleets by."""
+        fleet = self._fleet
+        yield _gauge("sessions_max", [], [((), self._driver.sessions_max)])
+        yield _gauge("connections", [], [((), self._connections())])
+        yield _gauge("connections_max", [], [((), self._connections_max)])
+        yield _counter("cpu_seconds_total", "", [("", time.process_time())])
+        verifiers = [one for one in fleet.verifiers.values() if one.state is LinkState.READY]
+        drafters = [one for one in fleet.drafters.values() if one.state is LinkState.READY]
+        workers = [((one.role, one.address), one) for one in (*verifiers, *drafters)]
+        labels = ["role", "worker"]
+        yield _gauge("worker_sessions", labels, [(key, len(o.sessions)) for key, o in workers])
+        yield _gauge("worker_sessions_max", labels, [(key, o.sessions_max) for key, o in workers])
+        paced = [((one.address,), one) for one in verifiers if one.sessions and one.pace.plain_s]
+        yield _gauge("verify_rows", ["verifier"], [(key, o.step.rows) for key, o in paced])
+        plain = [(key, one.pace.plain_s) for key, one in paced]
+        yield _gauge("plain_step_seconds", ["verifier"], plain)
+        pays = [(key, one.pace.pay_min) for key, one in paced]
+        yield _gauge("pay_probability_min", ["verifier"], pays)
+        rtts = [((one.address,), one.rtt_s) for one in verifiers]
+        yield _gauge("verifier_rtt_seconds", ["verifier"], rtts)
+        grown = [((one.address,), one.grow) for one in drafters if one.grow is not None]
+        steps = [(key, grow.duration_s) for key, grow in grown]
+        yield _gauge("draft_step_seconds", ["drafter"], steps)
+        leaves = [(key, grow.leaves_max) for key, grow in grown]
+        yield _gauge("draft_leaves_max", ["drafter"], leaves)
+        gains = [((one.address,), one.gain) for one in drafters if one.gain is not None]
+        yield _gauge("draft_gain_tokens", ["drafter"], gains)
+        shares = [((address,), share) for address, share in fleet.kv_shares().items()]
+        yield _gauge("kv_used_ratio", ["verifier"], shares)
 
     def _under_vllm_names(self, counters: SpeculationCounters) -> Iterator[Metric]:
         meters = self._driver.meters

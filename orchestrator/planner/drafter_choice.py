@@ -6,6 +6,7 @@ its measurements change.
 
 from __future__ import annotations
 
+import bisect
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -40,13 +41,27 @@ class DrafterChoice:
     rates: Mapping[int, float]
     """Tokens per second of the whole fleet by number of drafters, ascending."""
 
+    def rate(self, drafters: float) -> float:
+        """Tokens per second with any number of drafters: straight between those that were tried."""
+        counts = sorted(self.rates)
+        at = bisect.bisect_left(counts, drafters)
+        if at == len(counts):
+            return self.rates[counts[-1]]
+        high = counts[at]
+        low, low_rate = (counts[at - 1], self.rates[counts[at - 1]]) if at else (0, self._plain)
+        return low_rate + (self.rates[high] - low_rate) * (drafters - low) / (high - low)
+
+    @property
+    def _plain(self) -> float:
+        """Without any."""
+        return self.rates[self.drafters] / max(1e-9, self.speedup)
+
     @property
     def marginal_tokens_per_s(self) -> float:
         """What the last of the chosen drafters wins: the slope from the next smaller number."""
         smaller = [count for count in self.rates if count < self.drafters]
         if not smaller:
-            plain = self.rates[self.drafters] / max(1e-9, self.speedup)
-            return (self.rates[self.drafters] - plain) / max(1, self.drafters)
+            return (self.rates[self.drafters] - self._plain) / max(1, self.drafters)
         before = max(smaller)
         return (self.rates[self.drafters] - self.rates[before]) / (self.drafters - before)
 

@@ -18,6 +18,12 @@ from outrider.errors import ConfigError
 
 _TURNS_SHORT = 2.0
 """Where a session waits so many draft steps for its turn, guesses are few for want of drafters."""
+_AGREEMENT_SHARE = 0.2
+"""Of each look in the agreement that is remembered."""
+_GROW_GAIN, _SHRINK_LOSS = 1.06, 1.01
+"""More drafters must win so much for a fleet to grow; fewer may lose so much for it to shrink."""
+_DEARER_MAX = 1.05
+"""With prices: how much dearer tokens may be than they could be before the number changes."""
 _ROWS_FALLEN = 0.5
 """A load that has fallen to this share is tried at once."""
 
@@ -77,6 +83,8 @@ class DrafterMemory:
     """How often a drafter's first choice is right, as last inferred."""
     rows: float = 0.0
     """Sessions on a verifier when drafters were sent home."""
+    ratio: float | None = None
+    """Drafters to a verifier that were chosen last."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,10 +148,12 @@ def _learnt(
         return memory.agreement
     served = drafters.sessions / max(1, drafters.ready)
     short = figures.leaves_max > 0 and served > _TURNS_SHORT * figures.leaves_max
-    if short and memory.agreement is not None and memory.mode is Mode.ON:
+    if memory.agreement is None or memory.mode is not Mode.ON:
+        return inferred
+    if short and inferred < memory.agreement:
         # Drafters that are short show less than they could. With more of them it will be seen.
-        return max(memory.agreement, inferred)
-    return inferred
+        return memory.agreement
+    return memory.agreement + _AGREEMENT_SHARE * (inferred - memory.agreement)
 
 
 def _ask(
@@ -189,8 +199,10 @@ def _stay(
         memory = replace(memory, doubtful_since_s=since_s)
     else:
         memory = replace(memory, doubtful_since_s=None)
-    wanted = max(1, math.ceil(choice.drafters * scale - 1e-9))
-    reasons = (
+    chosen = _unless_nearly_as_good(goals, memory, choice, scale, verifiers.ready)
+    memory = replace(memory, ratio=chosen * scale / verifiers.ready)
+    wanted = max(1, math.ceil(chosen * scale - 1e-9))
+    reasons: tuple[str, ...] = (
         f"the planner would have {wanted}: {_percent(choice.speedup)} faster with guesses right"
         f" {memory.agreement:.2f} of the time, the last drafter winning"
         f" {choice.marginal_tokens_per_s:.0f} tokens/s",
@@ -205,6 +217,32 @@ def _stay(
         doubtful_s = now_s - memory.doubtful_since_s
         reasons += (f"does not pay for {doubtful_s:.0f} s",)
     return DrafterWish(wanted, reasons, memory)
+
+
+def _unless_nearly_as_good(
+    goals: DrafterGoals, memory: DrafterMemory, choice: DrafterChoice, scale: float, verifiers: int
+) -> float:
+    """The planner's number, or the last one chosen, where that is nearly as good.
+
+    Curves are flat around their best and follow what is measured: without this, a fleet would
+    follow their noise.
+    """
+    if memory.ratio is None:
+        return choice.drafters
+    last = memory.ratio * verifiers / scale
+    rate, wanted = choice.rate(last), choice.rates[choice.drafters]
+    if goals.prices is not None:
+        shown = verifiers / scale
+
+        def price(drafters: float) -> float:
+            assert goals.prices is not None, "looked above"
+            return shown * goals.prices.verifier + drafters * goals.prices.drafter
+
+        dearer = price(last) / rate > _DEARER_MAX * price(choice.drafters) / wanted
+        return choice.drafters if dearer else last
+    if last < choice.drafters:
+        return choice.drafters if wanted > _GROW_GAIN * rate else last
+    return choice.drafters if wanted * _SHRINK_LOSS >= max(choice.rates.values()) else last
 
 
 def _try(
@@ -226,7 +264,7 @@ def _try(
         memory = replace(memory, mode=Mode.CANARY, since_s=now_s, ready_since_s=None)
     elif memory.mode is Mode.ON:
         memory = replace(memory, mode=Mode.CANARY, since_s=now_s, ready_since_s=None)
-    assert memory.since_s is not None, "set above"
+    since_s = now_s if memory.since_s is None else memory.since_s
     ready_s = memory.ready_since_s
     if drafters.ready and ready_s is None:
         ready_s = now_s
@@ -234,14 +272,16 @@ def _try(
     shown = drafters.figures is not None and drafters.figures.gain is not None
     if shown and choice is not None and ready_s is not None:
         if choice.speedup >= goals.back_speedup:
-            on = replace(memory, mode=Mode.ON, since_s=now_s, rest_s=0.0, doubtful_since_s=None)
+            on = replace(
+                memory, mode=Mode.ON, since_s=now_s, rest_s=0.0, doubtful_since_s=None, ratio=None
+            )
             return DrafterWish(choice.drafters, ("the canary pays",), on)
         if now_s - ready_s >= goals.canary_seen_s:
             return _send_home(
                 memory, rows, now_s, _longer(goals, memory),
                 f"the canary's guesses would win {_percent(choice.speedup)}",
             )  # fmt: skip
-    if now_s - memory.since_s >= goals.canary_s:
+    if now_s - since_s >= goals.canary_s:
         return _send_home(
             memory, rows, now_s, _longer(goals, memory), "the canary has shown nothing"
         )

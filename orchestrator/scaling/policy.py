@@ -36,6 +36,8 @@ class PolicyConfig:
     drafters: DrafterGoals = field(default_factory=DrafterGoals)
     stale_after_s: float = 60.0
     """Signals that are older change nothing."""
+    shrink_within_s: float = 10.0
+    """Nothing shrinks on signals that are older: what has come since needs its room."""
 
     def __post_init__(self) -> None:
         if not (math.isfinite(self.stale_after_s) and self.stale_after_s > 0.0):
@@ -156,6 +158,9 @@ def _decide(
             )
             wanted, reasons = drafters.wanted, drafters.reasons
             memory = replace(memory, drafters=drafters.memory)
+    if now_s - signals.measured_s > config.shrink_within_s:
+        least = current
+        reasons += ("this look is too old to shrink on",)
     paced = pace(
         limits,
         memory.paces.get(fleet, PaceMemory()),

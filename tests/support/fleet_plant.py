@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+import random
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 
@@ -25,7 +26,7 @@ from orchestrator.scaling.signals import (
     SpeculationFigures,
     VerifierSignals,
 )
-from orchestrator.scaling.worth import Planner
+from orchestrator.scaling.worth import Planner, Service, expected_gain
 
 TICK_S = 15.0
 SESSION_STEPS = 150
@@ -39,6 +40,25 @@ EACH_VERIFIER, EACH_DRAFTER, EACH_ORCHESTRATOR = 64, 256, 1_024
 def quick_planner(scenario: TreeScenario, prices: Prices | None) -> DrafterChoice:
     """Ask the planner, less precisely than the product does."""
     return best_drafters(scenario, prices, session_steps=SESSION_STEPS)
+
+
+def formula_planner(scenario: TreeScenario, prices: Prices | None) -> DrafterChoice:
+    """Plan by a formula, where the planner itself would take too long."""
+    agreement = scenario.agreement[0]
+    busy = scenario.sessions / scenario.verifiers
+    duration = duration_s(scenario.step, round(busy + scenario.nodes_max))
+    plain_s = duration_s(scenario.step, max(1, round(busy)))
+    pay = max(0.0, (duration / plain_s - 1.0) * busy / scenario.nodes_max)
+    figures = SpeculationFigures(busy, plain_s, pay, DRAFT_STEP_S, scenario.leaves, scenario.rtt_s)
+    plain = scenario.target_only_tokens_per_s
+    rates = {}
+    for count in sorted({max(1, math.ceil(r * scenario.verifiers)) for r in (0.25, 0.5, 1, 2, 4)}):
+        service = Service(
+            scenario.verifiers, scenario.sessions, count, scenario.sessions, scenario.nodes_max
+        )
+        rates[count] = plain * (1.0 + (1.0 - pay) * expected_gain(agreement, figures, service))
+    chosen = min(n for n, rate in rates.items() if rate >= 0.97 * max(rates.values()))
+    return DrafterChoice(chosen, rates[chosen] / plain, rates)
 
 
 @functools.cache
@@ -111,10 +131,13 @@ class Plant:
         orchestrators: int = 1,
         agreement: Callable[[float], float] = lambda _: 0.8,
         blind: Callable[[float], bool] = lambda _: False,
-        planner: Planner = quick_planner,
+        planner: Planner = formula_planner,
+        simulates: bool = False,
     ) -> None:
         """`load` gives sessions, `agreement` how good drafters are, `blind` whether nothing is
-        measured; all by time in seconds."""
+        measured; all by time in seconds. With `simulates`, what drafters win is simulated step by
+        step, else it follows a formula."""
+        self._simulates = simulates
         self._config, self._load = config, load
         self._agreement, self._blind, self._planner = agreement, blind, planner
         self.pods = {
@@ -127,6 +150,7 @@ class Plant:
         self.cut = 0
         self.history: list[Seen] = []
         self._signals: Signals | None = None
+        self._rng = random.Random(7)
 
     def run(self, duration_s: float) -> list[Seen]:
         """Let the policy steer for so long; returns what was seen meanwhile."""
@@ -140,7 +164,7 @@ class Plant:
     def _tick(self) -> None:
         for pods in self.pods.values():
             pods.tick(self.now_s)
-        verifiers, drafters = self.pods[FleetName.VERIFIERS], self.pods[FleetName.DRAFTERS]
+        verifiers = self.pods[FleetName.VERIFIERS]
         demand = self._load(self.now_s)
         room = verifiers.ready * EACH_VERIFIER
         sessions = min(demand, room)
@@ -159,7 +183,6 @@ class Plant:
         replicas = {name: pods.replicas for name, pods in self.pods.items()}
         ready = {name: pods.ready for name, pods in self.pods.items()}
         self.history.append(Seen(self.now_s, replicas, ready, sessions, wait_s, refused, decisions))
-        del drafters
 
     def _measure(self, demand: int, sessions: int, refused: int, wait_s: float) -> Signals:
         orchestrators, verifiers, drafters = self.pods.values()
@@ -197,20 +220,23 @@ class Plant:
         # As a verifier reports it: `verifier_service.scheduling`.
         pay_min = min((goodput * durations_s[n] - busy) / n for n in range(1, 33))
         gain = None
-        if drafters.ready:
-            truth = true_scenario(
-                sessions, verifiers.ready, drafters.ready, self._agreement(self.now_s)
-            )
-            gain = simulated(truth).tokens_per_step - 1.0
-        return SpeculationFigures(
+        figures = SpeculationFigures(
             rows=rows,
             plain_s=durations_s[0],
             pay_min=max(0.0, pay_min),
             draft_step_s=DRAFT_STEP_S if drafters.ready else None,
             leaves_max=LEAVES if drafters.ready else 0,
             rtt_s=0.002,
-            gain=gain,
         )
+        agreement = self._agreement(self.now_s)
+        if drafters.ready and self._simulates:
+            truth = true_scenario(sessions, verifiers.ready, drafters.ready, agreement)
+            gain = simulated(truth).tokens_per_step - 1.0
+        elif drafters.ready:
+            served = min(sessions, drafters.ready * EACH_DRAFTER)
+            service = Service(verifiers.ready, sessions, drafters.ready, served, 32)
+            gain = expected_gain(agreement, figures, service) * self._rng.uniform(0.9, 1.1)
+        return replace(figures, gain=gain)
 
 
 def true_scenario(sessions: int, verifiers: int, drafters: int, agreement: float) -> TreeScenario:

@@ -22,6 +22,7 @@ from tests.support.fleet_plant import (
     Plant,
     Seen,
     optimum,
+    quick_planner,
     simulated,
     true_scenario,
     turns,
@@ -213,9 +214,9 @@ def test_a_thousand_workers() -> None:
 
 @pytest.mark.parametrize(
     ("sessions", "verifiers", "agreement"),
-    [(8, 2, 0.8), (64, 4, 0.8), (120, 4, 0.8), (64, 4, 0.6), (32, 4, 0.5)],
+    [(8, 2, 0.8), (64, 4, 0.8), (120, 4, 0.7)],
 )
-@pytest.mark.parametrize("start", [1, 16])
+@pytest.mark.parametrize("start", [1, 8])
 def test_drafters_follow_the_planners_optimum(
     sessions: int, verifiers: int, agreement: float, start: int
 ) -> None:
@@ -223,10 +224,10 @@ def test_drafters_follow_the_planners_optimum(
     bounds = config(verifiers=Limits(floor=verifiers, ceiling=verifiers))
     fleets = Plant(
         bounds, lambda _: sessions, verifiers=verifiers, drafters=start,
-        agreement=lambda _: agreement,
+        agreement=lambda _: agreement, planner=quick_planner, simulates=True,
     )  # fmt: skip
-    fleets.run(HOUR_S)
-    settled = [each.replicas[DRAFTERS] for each in fleets.run(HOUR_S)]
+    fleets.run(HOUR_S / 2)
+    settled = [each.replicas[DRAFTERS] for each in fleets.run(HOUR_S / 2)]
     assert turns(settled) <= 1
     best = optimum(sessions, verifiers, agreement)
     # Sizes differ in what they cost, too: not more than a step of the planner's own.
