@@ -85,6 +85,7 @@ async def serve(config: DrafterConfig) -> None:
             load=lambda: 0,  # mirrors are disposable: nothing to wait for
             hang_up=service.hang_up,
             drain_s=config.drain_s,
+            pulse=grower.pulse,
         )
     finally:
         grower.stop()

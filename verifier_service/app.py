@@ -98,6 +98,7 @@ async def serve(config: VerifierConfig) -> None:
             load=lambda: engine.load,
             hang_up=service.hang_up,
             drain_s=config.drain_s,
+            pulse=engine.pulse,
         )
     finally:
         await service.close()

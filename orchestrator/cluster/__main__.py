@@ -28,6 +28,8 @@ _KINDS = {
     FleetName.VERIFIERS: "statefulset/outrider-verifier",
     FleetName.DRAFTERS: "deployment/outrider-drafter",
 }
+_POLICY = PolicyConfig()
+_LIMITS = DEFAULT_LIMITS[FleetName.VERIFIERS]
 _FILE = click.Path(path_type=Path, dir_okay=False)
 _SHARE = click.FloatRange(min=0, max=1, min_open=True)
 
@@ -84,7 +86,7 @@ def _fleet_options(command: F) -> F:
     "--stale-after",
     "stale_after_s",
     type=click.FloatRange(min=1),
-    default=PolicyConfig.stale_after_s,
+    default=_POLICY.stale_after_s,
     show_default=True,
     help="Seconds after which what was measured changes nothing any more.",
 )
@@ -92,7 +94,7 @@ def _fleet_options(command: F) -> F:
     "--shrink-after",
     "shrink_after_s",
     type=click.FloatRange(min=0),
-    default=Limits.down_window_s,
+    default=_LIMITS.down_window_s,
     show_default=True,
     help="Seconds for which less must be wanted before a fleet shrinks.",
 )
@@ -100,18 +102,20 @@ def _fleet_options(command: F) -> F:
     "--queue-wait-goal",
     "queue_wait_goal_s",
     type=click.FloatRange(min=0, min_open=True),
-    default=VerifierGoals.queue_wait_s,
+    default=_POLICY.verifiers.queue_wait_s,
     show_default=True,
     help="Seconds within which 95% of the sessions shall be taken by a verifier.",
 )
-@click.option("--kv-goal", type=_SHARE, default=VerifierGoals.kv_share, show_default=True)
-@click.option("--occupancy-goal", type=_SHARE, default=VerifierGoals.occupancy, show_default=True)
+@click.option("--kv-goal", type=_SHARE, default=_POLICY.verifiers.kv_share, show_default=True)
+@click.option(
+    "--occupancy-goal", type=_SHARE, default=_POLICY.verifiers.occupancy, show_default=True
+)
 @click.option("--verifier-price", type=click.FloatRange(min=0), help="Per hour, any currency.")
 @click.option("--drafter-price", type=click.FloatRange(min=0), help="Per hour, same currency.")
 @click.option(
     "--step-nodes-max",
     type=click.IntRange(min=1),
-    default=DrafterGoals.step_nodes_max,
+    default=_POLICY.drafters.step_nodes_max,
     show_default=True,
     help="As the verifiers have it.",
 )

@@ -23,6 +23,8 @@ from outrider.errors import ConfigError, OutriderError, Unavailable
 
 CALL_TIMEOUT_S = 10.0
 _WATCH_GRACE_S = 10.0
+_config: Any = config
+"""It has no types."""
 _OK, _NOT_FOUND, _CONFLICT, _GONE = 200, 404, 409, 410
 
 
@@ -138,9 +140,9 @@ class Cluster:
         settings.retries = None
         try:
             if "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ:
-                config.load_incluster_config(client_configuration=settings)
+                _config.load_incluster_config(client_configuration=settings)
             else:
-                await config.load_kube_config(client_configuration=settings)
+                await _config.load_kube_config(client_configuration=settings)
         except (config.ConfigException, OSError, TypeError, KeyError, ValueError) as error:
             raise ConfigError(
                 f"cannot tell how to reach the Kubernetes API: {error}; in a pod it needs a service"
@@ -150,7 +152,8 @@ class Cluster:
 
     async def close(self) -> None:
         """Close the connections."""
-        await self._api.close()
+        close: Any = self._api.close
+        await close()
 
     # --- endpoints ---
 
@@ -258,7 +261,7 @@ class Cluster:
             duration_s=spec.lease_duration_seconds or 0,
             renewed_at=str(spec.renew_time),
             transitions=spec.lease_transitions or 0,
-            version=str(lease.metadata.resource_version),
+            version=_version(lease.metadata),
         )
 
     async def write_lease(
@@ -296,7 +299,7 @@ class Cluster:
             record.duration_s,
             str(spec.renew_time if spec is not None else at),
             record.transitions,
-            str(lease.metadata.resource_version),
+            _version(lease.metadata),
         )
 
     @contextlib.asynccontextmanager
@@ -320,6 +323,13 @@ class Cluster:
             ) from error
         except (aiohttp.ClientError, OSError) as error:
             raise ClusterUnavailable(f"the Kubernetes API: {error}") from error
+
+
+def _version(metadata: client.V1ObjectMeta | None) -> str:
+    """Return an object's version. Raises `ApiException` for an answer without one."""
+    if metadata is None or not metadata.resource_version:
+        raise ApiException(status=_OK, reason="an object without a version")
+    return str(metadata.resource_version)
 
 
 async def _checked(response: aiohttp.ClientResponse) -> dict[str, Any]:

@@ -123,7 +123,7 @@ class EndpointWatch:
     def _backoff_s(self, failures: int) -> float:
         if not failures:
             return 0.0
-        most_s = min(self._pace.backoff_max_s, self._pace.backoff_min_s * 2 ** min(failures, 16))
+        most_s = min(self._pace.backoff_max_s, self._pace.backoff_min_s * 2.0 ** min(failures, 16))
         # Many orchestrators lose the same API server at once.
         return most_s * random.uniform(0.5, 1.0)
 

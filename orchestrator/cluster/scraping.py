@@ -90,7 +90,7 @@ class Scraper:
                 samples = await asyncio.to_thread(read_samples, text.decode())
                 return Scrape(address, at_s, samples)
             except (aiohttp.ClientError, TimeoutError, OSError, ValueError) as error:
-                _log.warning("orchestrator %s: %s", address, error or type(error).__name__)
+                _log.warning("orchestrator %s: %s %s", address, type(error).__name__, error)
                 return None
 
 

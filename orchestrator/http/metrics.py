@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
 from orchestrator.meters import Histogram
-from orchestrator.workers import LinkState
+from orchestrator.workers import DrafterLink, LinkState, VerifierLink
 from outrider.domain import SpeculationCounters
 
 NAMES: Mapping[str, str] = {
@@ -206,10 +206,11 @@ class Exposition(Collector):
         yield _counter("cpu_seconds_total", "", [("", time.process_time())])
         verifiers = [one for one in fleet.verifiers.values() if one.state is LinkState.READY]
         drafters = [one for one in fleet.drafters.values() if one.state is LinkState.READY]
-        workers = [((one.role, one.address), one) for one in (*verifiers, *drafters)]
-        labels = ["role", "worker"]
-        yield _gauge("worker_sessions", labels, [(key, len(o.sessions)) for key, o in workers])
-        yield _gauge("worker_sessions_max", labels, [(key, o.sessions_max) for key, o in workers])
+        links: list[VerifierLink | DrafterLink] = [*verifiers, *drafters]
+        held = [((link.role, link.address), len(link.sessions)) for link in links]
+        yield _gauge("worker_sessions", ["role", "worker"], held)
+        room = [((link.role, link.address), link.sessions_max) for link in links]
+        yield _gauge("worker_sessions_max", ["role", "worker"], room)
         paced = [((one.address,), one) for one in verifiers if one.sessions and one.pace.plain_s]
         yield _gauge("verify_rows", ["verifier"], [(key, o.step.rows) for key, o in paced])
         plain = [(key, one.pace.plain_s) for key, one in paced]
