@@ -6,7 +6,7 @@ import asyncio
 import logging
 import ssl
 import time
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import aiohttp
@@ -32,9 +32,12 @@ class Scraper:
         authority: Path | None = None,
         server_name: str | None = None,
         timeout_s: float = TIMEOUT_S,
+        clock: Callable[[], float] = time.monotonic,
     ) -> None:
         """`key_file` holds an API key and is read anew each time; `authority` (PEM) is who signs
-        the orchestrators' certificates, for `server_name`; None: plaintext."""
+        the orchestrators' certificates, for `server_name`; None: plaintext. `clock` is that
+        of whoever decides, in seconds."""
+        self._clock = clock
         self._key_file, self._authority, self._server_name = key_file, authority, server_name
         self._gate = asyncio.Semaphore(_AT_ONCE)
         self._session = aiohttp.ClientSession(
@@ -84,7 +87,7 @@ class Scraper:
                     if response.status != 200:
                         _log.warning("orchestrator %s answers %d", address, response.status)
                         return None
-                    at_s = time.monotonic()
+                    at_s = self._clock()
                     text = await response.content.read(_BYTES_MAX)
                 # Thousands of workers make megabytes of text.
                 samples = await asyncio.to_thread(read_samples, text.decode())

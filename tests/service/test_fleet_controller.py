@@ -160,7 +160,7 @@ async def controller(
     clock = Clock()
     cluster = there.connect(timeout_s=2.0)
     election = Election(cluster, "outrider-controller", name, TIMES, clock)
-    scraper = Scraper(timeout_s=2.0)
+    scraper = Scraper(timeout_s=2.0, clock=clock)
     made = Controller(cluster, election, scraper, config(**changes), planner, clock)
     pace = Pace(backoff_min_s=0.01, backoff_max_s=0.05)
     try:

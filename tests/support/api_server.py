@@ -8,6 +8,7 @@ verb and resource, as RBAC names them.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import copy
 import json
 from collections import Counter
@@ -240,7 +241,8 @@ class FakeApiServer:
             if not any(v > seen and found == resource for v, found, _, _ in self._history):
                 seen = self._version
         if self._broken:
-            await response.write(b'{"type": "MODI')
+            with contextlib.suppress(ConnectionError):
+                await response.write(b'{"type": "MODI')
             if request.transport is not None:
                 request.transport.abort()
         return response
