@@ -199,6 +199,8 @@ class Grower:
     def _swap(self, command: Swap) -> None:
         """Go on with another proposer; whatever is wrong with it, sessions keep the old one."""
         old = self._proposer
+        # Loading takes as long as it takes.
+        self.pulse.rest()
         try:
             new = command.make()
             wanted, found = old.info.tokenizer_fingerprint, new.info.tokenizer_fingerprint

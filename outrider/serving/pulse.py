@@ -22,6 +22,10 @@ class Pulse:
         """The loop turns."""
         self._beat_s = time.monotonic()
 
+    def rest(self) -> None:
+        """What follows may take as long as it likes; the next beat ends that."""
+        self._beat_s = math.inf
+
     def silent_s(self) -> float:
-        """For how long it has not; 0 if it has not begun."""
+        """For how long it has not; 0 if it has not begun, or rests."""
         return max(0.0, time.monotonic() - self._beat_s)

@@ -63,6 +63,10 @@ async def test_a_loop_that_hangs_is_told_by_the_probe(caplog: pytest.LogCaptureF
     assert "has not moved for" in caplog.text
 
 
-def test_a_loop_that_has_not_begun_does_not_hang() -> None:
-    assert Pulse().silent_s() == 0.0
+def test_a_loop_that_has_not_begun_or_rests_does_not_hang() -> None:
+    pulse = Pulse()
+    assert pulse.silent_s() == 0.0
+    pulse.beat()
+    pulse.rest()
+    assert pulse.silent_s() == 0.0
     assert HANGS_AFTER_S > 60.0
