@@ -94,6 +94,7 @@ async def _serve(config: DrafterConfig, spans: Tracing | None) -> None:
             load=lambda: 0,  # mirrors are disposable: nothing to wait for
             hang_up=service.hang_up,
             drain_s=config.drain_s,
+            pulse=grower.pulse,
         )
     finally:
         grower.stop()

@@ -41,6 +41,7 @@ from outrider.domain import (
     Resync,
 )
 from outrider.errors import ConfigError
+from outrider.serving.pulse import Pulse
 from outrider.serving.queues import Inbox
 
 _IDLE_WAIT_S = 0.5
@@ -85,12 +86,15 @@ class Grower:
         """Moving average of the steps' durations."""
         self._thread: Executor | None = None
         self._ended_run: Future[None] | None = None
+        self.pulse = Pulse()
+        """Of the loop, for whoever asks whether it still turns."""
 
     # --- called from other threads ---
 
     def start(self, thread: Executor | None = None) -> None:
         """Start the loop on `thread`, the one that loaded the model, or on a new one."""
         self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="grow")
+        self.pulse.beat()
         self._ended_run = self._thread.submit(self._run)
 
     def submit(self, command: Command | Swap) -> None:
@@ -114,6 +118,7 @@ class Grower:
     def _run(self) -> None:
         busy = False
         while not self._inbox.closed:
+            self.pulse.beat()
             for command in self._inbox.take_all(wait_s=0.0 if busy else _IDLE_WAIT_S):
                 try:
                     self._apply(command)
@@ -192,6 +197,8 @@ class Grower:
     def _swap(self, command: Swap) -> None:
         """Go on with another proposer; whatever is wrong with it, sessions keep the old one."""
         old = self._proposer
+        # Loading takes as long as it takes.
+        self.pulse.rest()
         try:
             new = command.make()
             wanted, found = old.info.tokenizer_fingerprint, new.info.tokenizer_fingerprint

@@ -19,6 +19,11 @@ _LIMITS = DriverConfig().budget_limits
 @click.command("orchestrator", context_settings={"auto_envvar_prefix": "OUTRIDER_ORCHESTRATOR"})
 @click.option("--verifier", "verifiers", multiple=True, help="Static host:port; repeatable.")
 @click.option("--drafter", "drafters", multiple=True, help="Static host:port; repeatable.")
+@click.option(
+    "--discover",
+    help="Find workers through the Kubernetes API instead of Redis: kubernetes:NAMESPACE, or"
+    " kubernetes:NAMESPACE/SELECTOR for Services with other labels than ours.",
+)
 @address_options
 @click.option("--name", help="Shown in the workers' logs.  [default: random]")
 @click.option(
@@ -177,8 +182,10 @@ def command(
         http=http,
         **options,
     )
-    if not (config.redis_url or config.verifiers):
-        raise click.UsageError("give --redis (or REDIS_URL), or at least one --verifier")
+    if not (config.redis_url or config.verifiers or config.discover):
+        raise click.UsageError(
+            "give --redis (or REDIS_URL), --discover, or at least one --verifier"
+        )
     from orchestrator.app import serve
 
     run(serve(config))

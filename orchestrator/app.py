@@ -16,6 +16,7 @@ from orchestrator.placing import Placer
 from orchestrator.prefix_lookup import PrefixLookup
 from orchestrator.service import SERVICE_NAMES, GenerationService
 from orchestrator.takeover import Takeover
+from outrider.errors import ConfigError
 from outrider.registry import Connection, KvIndex, Leases, Registry, WorkerRecord, WorkerWatch
 from outrider.serving.garbage import keep_what_is_loaded
 from outrider.serving.server import Server, stop_requested
@@ -64,7 +65,7 @@ async def _serve(config: OrchestratorConfig, spans: Tracing | None) -> None:
         http = HttpServer(door, config.http)
     driver.start()
     try:
-        async with _discovery(connection, fleet):
+        async with _registry(connection, fleet, config.discover), _cluster(config.discover, fleet):
             address = await server.start()
             keep_what_is_loaded()
             await server.set_ready(True)
@@ -90,18 +91,49 @@ async def _serve(config: OrchestratorConfig, spans: Tracing | None) -> None:
 
 
 @contextlib.asynccontextmanager
-async def _discovery(connection: Connection | None, fleet: Fleet) -> AsyncIterator[None]:
-    """Follow the registry while the context lasts."""
+async def _registry(
+    connection: Connection | None, fleet: Fleet, discover: str | None
+) -> AsyncIterator[None]:
+    """Follow the registry while the context lasts: load, and without `discover` addresses, too."""
     if connection is None:
         yield
         return
 
     def report(records: list[WorkerRecord]) -> None:
-        fleet.update(
-            verifiers=[r.address for r in records if r.role == "verifier"],
-            drafters=[r.address for r in records if r.role == "drafter"],
-        )
+        if discover is None:
+            fleet.update(
+                verifiers=[r.address for r in records if r.role == "verifier"],
+                drafters=[r.address for r in records if r.role == "drafter"],
+            )
         fleet.note(records)
 
     async with WorkerWatch(Registry(connection), report):
         yield
+
+
+@contextlib.asynccontextmanager
+async def _cluster(discover: str | None, fleet: Fleet) -> AsyncIterator[None]:
+    """Follow the Kubernetes API while the context lasts. Raises `ConfigError`."""
+    if discover is None:
+        yield
+        return
+    try:
+        # Only here: it takes seconds, and not every installation has the client.
+        from orchestrator.cluster.api import Cluster, Endpoints
+        from orchestrator.cluster.discovery import EndpointWatch, Place, workers
+    except ImportError as error:
+        raise ConfigError(
+            f"--discover: {error.name} is not installed; pip install 'outrider[kubernetes]'"
+        ) from None
+    place = Place.read(discover)
+    cluster = await Cluster.connect(place.namespace)
+
+    def report(found: list[Endpoints]) -> None:
+        verifiers, drafters = workers(found)
+        fleet.update(verifiers=verifiers, drafters=drafters)
+
+    try:
+        async with EndpointWatch(cluster, place.selector, report):
+            yield
+    finally:
+        await cluster.close()

@@ -123,3 +123,5 @@ class OrchestratorConfig:
     """Between services; None: plaintext."""
     plaintext: bool = False
     """Plaintext is meant, even where other machines can connect."""
+    discover: str | None = None
+    """Where else workers are found than in Redis: `kubernetes:NAMESPACE[/SELECTOR]`."""

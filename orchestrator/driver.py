@@ -198,6 +198,11 @@ class Driver:
         return self._draining
 
     @property
+    def sessions_max(self) -> int:
+        """Sessions that are taken at most."""
+        return self._config.sessions_max
+
+    @property
     def load(self) -> int:
         """Sessions under way; each choice of a generation is one."""
         return len(self._running)

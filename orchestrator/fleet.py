@@ -218,11 +218,13 @@ class Fleet:
         }
 
     def kv_shares(self) -> dict[str, float]:
-        """Share of their KV that verifiers said last is in use, by address; empty without Redis."""
+        """What share of its KV each ready verifier uses, as far as the registry says."""
         return {
-            address: elsewhere.kv_share
-            for address, elsewhere in self._elsewhere.items()
-            if address in self.verifiers
+            link.address: elsewhere.kv_share
+            for link in self.verifiers.values()
+            if link.state is LinkState.READY
+            and (elsewhere := self._elsewhere.get(link.address)) is not None
+            and elsewhere.incarnation == link.incarnation
         }
 
     @property

@@ -105,6 +105,7 @@ async def _serve(config: VerifierConfig, spans: Tracing | None) -> None:
             load=lambda: engine.load,
             hang_up=service.hang_up,
             drain_s=config.drain_s,
+            pulse=engine.pulse,
         )
     finally:
         await service.close()

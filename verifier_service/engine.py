@@ -31,6 +31,7 @@ from outrider.domain import (
 )
 from outrider.errors import InvalidRequest
 from outrider.model.language_model import LanguageModel, Logits, Row
+from outrider.serving.pulse import Pulse
 from outrider.serving.queues import Inbox
 from verifier_service.acceptance import AcceptRule, Verdict, accept_path, judge
 from verifier_service.admission import Admission, reject
@@ -121,12 +122,15 @@ class Engine:
         self._planner = Planner(self.pool, self.times, config, self._calibrations)
         self._thread: Executor | None = None
         self._ended_run: Future[None] | None = None
+        self.pulse = Pulse()
+        """Of the loop, for whoever asks whether it still turns."""
 
     # --- called from other threads ---
 
     def start(self, thread: Executor | None = None) -> None:
         """Start the loop on `thread`, the one that loaded the model, or on a new one."""
         self._thread = thread or ThreadPoolExecutor(1, thread_name_prefix="verify")
+        self.pulse.beat()
         self._ended_run = self._thread.submit(self._run)
 
     def passes_over(self, connection: int, session: int, source: int) -> bool:
@@ -226,6 +230,7 @@ class Engine:
         try:
             wait_s = _IDLE_WAIT_S
             while not self._inbox.closed:
+                self.pulse.beat()
                 for command in self._inbox.take_all(wait_s=wait_s):
                     self._apply_safely(command)
                 if self._seats:

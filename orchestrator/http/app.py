@@ -7,6 +7,7 @@ import contextlib
 import logging
 import time
 from collections import Counter
+from collections.abc import Callable
 from typing import Any
 
 from starlette.requests import Request
@@ -61,7 +62,16 @@ class Door:
         self.responses: Counter[tuple[str, int]] = Counter()
         """Answers by route and status."""
         self._started_s = int(time.time())
-        exposition = Exposition(driver, fleet, self.responses, vllm_names=config.vllm_metrics)
+        self.connections: Callable[[], int] = lambda: 0
+        """How many clients are connected; whoever listens says so."""
+        exposition = Exposition(
+            driver,
+            fleet,
+            self.responses,
+            vllm_names=config.vllm_metrics,
+            connections=lambda: self.connections(),
+            connections_max=config.connections_max,
+        )
         shared: dict[str, Any] = {"bodies": BodyReader(config), "limiter": Limiter()}
         common = (driver, fleet, takeover, limits, config)
         generating: dict[str, Completions[Any]] = {

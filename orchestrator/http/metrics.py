@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 
 from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, CollectorRegistry, generate_latest
 from prometheus_client.core import (
@@ -21,7 +21,7 @@ from prometheus_client.registry import Collector
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
 from orchestrator.meters import LOOKUP_S, Histogram
-from orchestrator.workers import LinkState
+from orchestrator.workers import DrafterLink, LinkState, VerifierLink
 from outrider.domain import SpeculationCounters
 
 NAMES: Mapping[str, str] = {
@@ -51,6 +51,19 @@ NAMES: Mapping[str, str] = {
     "estimated_speedup_ratio": "How much faster is a session than without guesses, by its steps?",
     "sessions": "How many sessions does each role hold for this orchestrator?",
     "unread_answers": "How many answers are complete and wait for clients that read slowly?",
+    "sessions_max": "How many sessions does this orchestrator take?",
+    "connections": "How many HTTP clients are connected?",
+    "connections_max": "How many are let in?",
+    "cpu_seconds_total": "How much processor time has this process used?",
+    "worker_sessions": "How many sessions does a worker hold for this orchestrator?",
+    "worker_sessions_max": "How many does it take, whoever they are for?",
+    "verify_rows": "How many sessions decode on a verifier, whoever they are for?",
+    "plain_step_seconds": "How long would a verify step take without guesses?",
+    "pay_probability_min": "How probable must a guess be to be worth verifying?",
+    "verifier_rtt_seconds": "How far is a verifier from here, there and back?",
+    "draft_step_seconds": "How long does a drafter's growing step take?",
+    "draft_leaves_max": "How many guesses does such a step expand at most? 0: no bound.",
+    "draft_gain_tokens": "What does a drafter win for a session, in tokens a verify step?",
     "queue_depth": "How many admitted sessions wait for room for their KV?",
     "kv_tokens_used": "How many tokens of KV are in use, by verifier?",
     "kv_used_ratio": "How full is a verifier's KV? As it told Redis; nothing without.",
@@ -80,8 +93,11 @@ class Exposition(Collector):
         responses: Mapping[tuple[str, int], int],
         *,
         vllm_names: bool,
+        connections: Callable[[], int] = lambda: 0,
+        connections_max: int = 0,
     ) -> None:
         """With `vllm_names`, what has a name in vLLM is exported under that, too."""
+        self._connections, self._connections_max = connections, connections_max
         self._driver, self._fleet, self._responses = driver, fleet, responses
         self._vllm_names = vllm_names
         self._registry = CollectorRegistry(auto_describe=False)
@@ -98,6 +114,7 @@ class Exposition(Collector):
         yield from self._of_speculation(counters)
         yield from self._of_workers(counters)
         yield from self._of_the_index()
+        yield from self._of_sizes()
         if self._vllm_names:
             yield from self._under_vllm_names(counters)
 
@@ -203,6 +220,36 @@ class Exposition(Collector):
             known[status.role, status.state] = known.get((status.role, status.state), 0) + 1
         yield _gauge("workers", ["role", "state"], known.items())
         yield _gauge("draining", [], [((), float(self._driver.draining))])
+
+    def _of_sizes(self) -> Iterator[Metric]:
+        """What the fleet controller sizes fleets by."""
+        fleet = self._fleet
+        yield _gauge("sessions_max", [], [((), self._driver.sessions_max)])
+        yield _gauge("connections", [], [((), self._connections())])
+        yield _gauge("connections_max", [], [((), self._connections_max)])
+        yield _counter("cpu_seconds_total", "", [("", time.process_time())])
+        verifiers = [one for one in fleet.verifiers.values() if one.state is LinkState.READY]
+        drafters = [one for one in fleet.drafters.values() if one.state is LinkState.READY]
+        links: list[VerifierLink | DrafterLink] = [*verifiers, *drafters]
+        held = [((link.role, link.address), len(link.sessions)) for link in links]
+        yield _gauge("worker_sessions", ["role", "worker"], held)
+        room = [((link.role, link.address), link.sessions_max) for link in links]
+        yield _gauge("worker_sessions_max", ["role", "worker"], room)
+        paced = [((one.address,), one) for one in verifiers if one.sessions and one.pace.plain_s]
+        yield _gauge("verify_rows", ["verifier"], [(key, o.step.rows) for key, o in paced])
+        plain = [(key, one.pace.plain_s) for key, one in paced]
+        yield _gauge("plain_step_seconds", ["verifier"], plain)
+        pays = [(key, one.pace.pay_min) for key, one in paced]
+        yield _gauge("pay_probability_min", ["verifier"], pays)
+        rtts = [((one.address,), one.rtt_s) for one in verifiers]
+        yield _gauge("verifier_rtt_seconds", ["verifier"], rtts)
+        grown = [((one.address,), one.grow) for one in drafters if one.grow is not None]
+        steps = [(key, grow.duration_s) for key, grow in grown]
+        yield _gauge("draft_step_seconds", ["drafter"], steps)
+        leaves = [(key, grow.leaves_max) for key, grow in grown]
+        yield _gauge("draft_leaves_max", ["drafter"], leaves)
+        gains = [((one.address,), one.gain) for one in drafters if one.gain is not None]
+        yield _gauge("draft_gain_tokens", ["drafter"], gains)
 
     def _under_vllm_names(self, counters: SpeculationCounters) -> Iterator[Metric]:
         meters = self._driver.meters

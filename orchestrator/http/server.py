@@ -65,6 +65,8 @@ class HttpServer:
                 ssl_context_factory=self._context if self._tls is not None else None,
             )
         )
+        connections = self._server.server_state.connections
+        self._door.connections = lambda: len(connections)
         self._tasks = [asyncio.create_task(self._server.serve([listener]))]
         if self._seen:
             self._tasks.append(asyncio.create_task(self._follow_files()))

@@ -9,14 +9,12 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 
+from orchestrator.planner.drafter_choice import SPEEDUP_WORTH, Prices, best_drafters
 from orchestrator.planner.formulas import cost_per_million_tokens
 from orchestrator.planner.knots import Knots
 from orchestrator.planner.modes import COLOCATED, SESSION_STEPS, Mode, simulate_fleet, tokens_per_s
 from orchestrator.planner.tree_simulation import TreeScenario
 from outrider.errors import ConfigError
-
-SPEEDUP_WORTH = 1.05
-"""Below this, guessing is not worth its machines; the orchestrator unbinds drafters there too."""
 
 RTT_MAX_S = 0.2
 """Longest round trip for which a break-even is looked for."""
@@ -24,9 +22,6 @@ ROWS_MAX = 1_024
 """Most sessions on one verifier for which a break-even is looked for."""
 VERIFIERS_MAX = 100_000
 
-_RATIOS = (0.25, 0.5, 1.0, 2.0, 3.0, 4.0, 6.0, 8.0)
-"""Drafters to a verifier that are tried."""
-_NEARLY_BEST = 0.97
 _SCAN_SHARE = 4
 """Simulations that only compare are shorter by this factor."""
 _EVALUATIONS_MAX = 7
@@ -118,7 +113,9 @@ def make_plan(request: PlanRequest, report: Callable[[str], None] = lambda _: No
     verifiers = request.verifiers or _fewest_verifiers(request)
     scenario = replace(request.scenario, verifiers=verifiers)
     report("choosing drafters")
-    drafters = request.drafters if request.drafters is not None else _drafters(request, scenario)
+    drafters = request.drafters
+    if drafters is None:
+        drafters = _drafters(request, scenario)
     scenario = replace(scenario, drafters=drafters)
     report("comparing modes")
     modes = tuple(_mode_plan(mode, scenario, request) for mode in PLANNED)
@@ -238,17 +235,12 @@ def _fewest_verifiers(request: PlanRequest) -> int:
 
 
 def _drafters(request: PlanRequest, scenario: TreeScenario) -> int:
-    useful_max = scenario.sessions * scenario.drafters_per_session
-    counts = sorted({min(useful_max, math.ceil(r * scenario.verifiers)) for r in _RATIOS})
-    rates = {count: _scan(request, replace(scenario, drafters=count)) for count in counts}
+    prices = None
     if request.verifier_price is not None:
-        costs = {
-            count: _price(request, scenario.verifiers, count) / rate
-            for count, rate in rates.items()
-        }
-        return min(counts, key=costs.__getitem__)
-    best = max(rates.values())
-    return min(count for count, rate in rates.items() if rate >= _NEARLY_BEST * best)
+        assert request.drafter_price is not None
+        prices = Prices(request.verifier_price, request.drafter_price)
+    steps = request.session_steps // _SCAN_SHARE
+    return best_drafters(scenario, prices, session_steps=steps).drafters
 
 
 def _scan(request: PlanRequest, scenario: TreeScenario) -> float:

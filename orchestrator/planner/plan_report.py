@@ -8,9 +8,10 @@ from typing import Any
 from rich.console import Console
 from rich.table import Table
 
+from orchestrator.planner.drafter_choice import SPEEDUP_WORTH
 from orchestrator.planner.measured import Prediction
 from orchestrator.planner.modes import Mode
-from orchestrator.planner.plan import ROWS_MAX, RTT_MAX_S, SPEEDUP_WORTH, Plan
+from orchestrator.planner.plan import ROWS_MAX, RTT_MAX_S, Plan
 
 _LABELS = {
     Mode.TARGET_ONLY: "target only",

@@ -6,7 +6,6 @@ one pass. Module definitions are transformers' own; the batch and the cache are 
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
@@ -19,6 +18,7 @@ from outrider.errors import ModelLoadError
 from outrider.kv_blocks import BLOCK_TOKENS
 from outrider.model import attention, native
 from outrider.model.kv_cache import Extension, KvLayout, KvPool, SessionCache
+from outrider.model.memory import memory_bytes, resident_bytes
 from outrider.model.step_inputs import StepInputs, step_inputs
 
 Logits: TypeAlias = torch.Tensor
@@ -288,6 +288,9 @@ class TransformersModel:
 
 _KV_TOKENS_DEFAULT = 65_536
 _KV_MEMORY_SHARE_CPU = 0.4
+"""Of the machine's memory, or of its container's."""
+_KV_LEFT_SHARE_CPU = 0.7
+"""Of what is left of that: steps need memory, too."""
 _KV_MEMORY_SHARE_GPU = 0.85
 
 
@@ -296,8 +299,11 @@ def _kv_tokens_default(layout: KvLayout) -> int:
     if layout.device.type == "cuda":
         free, _ = torch.cuda.mem_get_info(layout.device)
         return max(BLOCK_TOKENS, int(free * _KV_MEMORY_SHARE_GPU) // max(1, layout.bytes_per_token))
-    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") * _KV_MEMORY_SHARE_CPU
-    fits = int(memory) // max(1, layout.bytes_per_token)
+    memory = memory_bytes()
+    # The weights are there already, and take most of a small container.
+    left = memory - resident_bytes()
+    room = min(memory * _KV_MEMORY_SHARE_CPU, left * _KV_LEFT_SHARE_CPU)
+    fits = int(room) // max(1, layout.bytes_per_token)
     return max(BLOCK_TOKENS, min(_KV_TOKENS_DEFAULT, fits))
 
 

@@ -24,11 +24,11 @@ def apply(command: F, *options: Callable[[Any], Any]) -> F:
     return command
 
 
-def service_options(service: str) -> Callable[[F], F]:
-    """Add what every service has: --log-level, --log-format and --otlp-endpoint.
+def service_options(service: str, *, traces: bool = True) -> Callable[[F], F]:
+    """Add what every service has: --log-level and --log-format, and --otlp-endpoint with `traces`.
 
-    The command finds its logs configured and gets `otlp_endpoint`, perhaps None. Errors of ours
-    end the process with status 2 and one line.
+    The command finds its logs configured and gets `otlp_endpoint`, perhaps None, if it has traces.
+    Errors of ours end the process with status 2 and one line.
     """
 
     def decorate(command: F) -> F:
@@ -41,12 +41,13 @@ def service_options(service: str) -> Callable[[F], F]:
                 click.echo(f"error: {error}", err=True)
                 sys.exit(2)
 
-        return _with_service_options(cast(F, with_logs))
+        decorated = cast(F, with_logs)
+        return _with_logs(_with_traces(decorated) if traces else decorated)
 
     return decorate
 
 
-def _with_service_options(command: F) -> F:
+def _with_logs(command: F) -> F:
     return apply(
         command,
         click.option(
@@ -65,6 +66,12 @@ def _with_service_options(command: F) -> F:
             show_default=True,
             help="Lines for people, or a JSON object each.",
         ),
+    )
+
+
+def _with_traces(command: F) -> F:
+    return apply(
+        command,
         click.option(
             "--otlp-endpoint",
             envvar="OUTRIDER_OTLP_ENDPOINT",

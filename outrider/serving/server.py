@@ -100,6 +100,11 @@ class Server:
         for name in self._service_names:
             await self._health.set(name, state.SERVING if ready else state.NOT_SERVING)
 
+    async def set_alive(self, alive: bool) -> None:
+        """Say whether the process does its work; one that does not is to be restarted."""
+        state = health_pb2.HealthCheckResponse
+        await self._health.set("", state.SERVING if alive else state.NOT_SERVING)
+
     async def stop(self, grace_s: float) -> None:
         """Stop listening; calls under way get `grace_s` to end."""
         await self._health.enter_graceful_shutdown()

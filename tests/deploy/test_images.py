@@ -40,7 +40,7 @@ def test_images_run_as_nobody_in_particular_and_can_be_asked(target: str) -> Non
 def test_the_orchestrator_gets_no_model_libraries() -> None:
     lines = stage("build-orchestrator")
     (wanted,) = re.findall(r"pip install -c constraints.txt '([^']*)'", lines)
-    assert wanted == ".[speed]"
+    assert wanted == ".[kubernetes,speed]"
     assert "--from=build-orchestrator" in stage("orchestrator")
     assert "g++" not in stage("orchestrator")
 

@@ -13,9 +13,10 @@ from orchestrator.config import DriverConfig
 from orchestrator.driver import OUTCOMES, Driver
 from orchestrator.fleet import Fleet
 from orchestrator.http.metrics import NAMES, PREFIX, Exposition
+from orchestrator.scaling import reading
 from orchestrator.workers import LinkState
 from outrider.domain import FinishReason
-from tests.support.manifests import ROOT
+from tests.support.manifests import ROOT, resources
 
 DASHBOARDS = ROOT / "deploy" / "dashboards"
 ADDED = {"namespace", "le"}
@@ -37,6 +38,9 @@ def expressions() -> Iterator[tuple[str, str]]:
     for panel in json.loads((DASHBOARDS / "outrider.json").read_text())["panels"]:
         for target in panel.get("targets", []):
             yield panel["title"], target["expr"]
+    for scaled in resources("keda", "ScaledObject"):
+        for trigger in scaled["spec"]["triggers"]:
+            yield scaled["metadata"]["name"], trigger["metadata"]["query"]
 
 
 async def exported() -> dict[str, set[str]]:
@@ -77,6 +81,9 @@ async def test_every_metric_and_label_that_is_asked_for_is_exported() -> None:
         for name, selector in _SELECTED.findall(expression):
             asked = set(re.findall(r"([a-z_]+)\s*(?:=~|!=|=)", selector))
             assert asked <= series[name] | ADDED, f"{place}: {name}"
+    # And the fleet controller reads these.
+    assert {PREFIX + name for name in reading.NAMES} <= series.keys()
+    used |= {PREFIX + name for name in reading.NAMES}
     unused = series.keys() - used - {name for name in series if name.endswith(("_sum", "_count"))}
     assert not unused, f"nobody looks at {unused}"
 

@@ -72,6 +72,19 @@ def test_the_doors(overlay: str) -> None:
     assert _may_enter(overlay, CLIENT, door, 50050)
 
 
+def test_the_controller_reaches_orchestrators_and_nobody_of_ours_else(overlay: str) -> None:
+    labels = {one.labels["app.kubernetes.io/component"]: one.labels for one in workloads(overlay)}
+    if "controller" not in labels:
+        pytest.skip("no controller here")
+    assert _may_leave(overlay, labels["controller"], labels["orchestrator"], 8080)
+    assert _may_enter(overlay, labels["controller"], labels["orchestrator"], 8080)
+    for role, port in (("verifier", 7000), ("drafter", 7001), ("orchestrator", 50050)):
+        assert not _may_leave(overlay, labels["controller"], labels[role], port), role
+    prometheus = {"app.kubernetes.io/name": "prometheus"}
+    assert _may_enter(overlay, prometheus, labels["controller"], 8081)
+    assert not _may_enter(overlay, STRANGER, labels["controller"], 8081)
+
+
 def test_only_the_job_gets_out(overlay: str) -> None:
     for workload in workloads(overlay):
         rules = [
@@ -84,8 +97,14 @@ def test_only_the_job_gets_out(overlay: str) -> None:
             assert [rule["ports"] for rule in rules] == [[{"port": 443, "protocol": "TCP"}]]
             assert "169.254.0.0/16" in rules[0]["to"][0]["ipBlock"]["except"]
         else:
-            addresses = [peer["ipBlock"]["cidr"] for rule in rules for peer in rule["to"]]
-            assert addresses == ([] if overlay != "production" else ["10.0.0.0/8"])
+            ports = sorted(each["port"] for rule in rules for each in rule["ports"])
+            assert {peer["ipBlock"]["cidr"] for rule in rules for peer in rule["to"]} <= {
+                "10.0.0.0/8"
+            }
+            # The API server's, for those that have a token, and a Redis that is run elsewhere.
+            api = [443, 6443] if workload.pod["automountServiceAccountToken"] else []
+            redis = workload.name != "outrider-controller" and overlay == "production"
+            assert ports == sorted(api + [6379] * redis), workload.name
 
 
 def _policies(overlay: str, labels: Mapping[str, str]) -> list[Resource]:

@@ -131,12 +131,49 @@ def test_drain_fits_into_grace(overlay: str) -> None:
                 assert drain_s < float(word.partition("=")[2]) < grace_s - before_s
 
 
-def test_nobody_gets_a_token(overlay: str) -> None:
-    assert resources(overlay, "Role", "ClusterRole", "RoleBinding", "ClusterRoleBinding") == []
+def test_only_who_needs_one_gets_a_token(overlay: str) -> None:
+    assert resources(overlay, "ClusterRole", "ClusterRoleBinding") == []
+    bound = {
+        subject["name"]
+        for binding in resources(overlay, "RoleBinding")
+        for subject in binding["subjects"]
+    }
+    with_api = {"outrider-controller", "outrider-orchestrator"}
+    assert bound == (with_api if overlay == "production" else set())
     for workload in workloads(overlay):
-        assert workload.pod["automountServiceAccountToken"] is False
-        account = named(overlay, "ServiceAccount", workload.pod["serviceAccountName"])
-        assert account["automountServiceAccountToken"] is False
+        account = workload.pod["serviceAccountName"]
+        assert workload.pod["automountServiceAccountToken"] is (account in bound)
+        # Said by the pod, so that nothing else that runs under the account has one.
+        made = named(overlay, "ServiceAccount", account)
+        assert made["automountServiceAccountToken"] is False
+
+
+def test_roles_are_the_least(overlay: str) -> None:
+    """Only what is ours by name, and nothing that reads Secrets."""
+    scaled = {one.name for one in workloads(overlay, "Deployment", "StatefulSet")}
+    for role in resources(overlay, "Role"):
+        for rule in role["rules"]:
+            assert "*" not in {*rule["verbs"], *rule["apiGroups"], *rule["resources"]}
+            assert not {"secrets", "pods", "configmaps"} & set(rule["resources"])
+            if {"update", "patch", "delete"} & set(rule["verbs"]):
+                assert rule["resourceNames"], "only objects of ours"
+            if rule["apiGroups"] == ["apps"]:
+                assert set(rule["resourceNames"]) <= scaled
+                assert all(each.endswith("/scale") for each in rule["resources"])
+    for binding in resources(overlay, "RoleBinding"):
+        for subject in binding["subjects"]:
+            named(overlay, "ServiceAccount", subject["name"])
+            assert subject["namespace"] == "outrider"
+
+
+def test_replicas_are_left_to_whoever_sizes_the_fleets(overlay: str) -> None:
+    """Else each apply would set them back."""
+    sized = {each["spec"]["scaleTargetRef"]["name"] for each in resources(overlay, "ScaledObject")}
+    for workload in workloads(overlay, "Deployment"):
+        if workload.name == "outrider-controller":
+            sized |= {"outrider-orchestrator", "outrider-verifier", "outrider-drafter"}
+    for workload in workloads(overlay, "Deployment", "StatefulSet"):
+        assert ("replicas" not in workload.resource["spec"]) is (workload.name in sized)
 
 
 def test_services_variables_are_not_taken_for_options(overlay: str) -> None:

@@ -20,7 +20,103 @@ _KEY = {
     "additionalProperties": False,
 }
 _LABELS = {"type": "object", "additionalProperties": _STRING}
+_POLICIES = {
+    "type": "array",
+    "minItems": 1,
+    "items": {
+        "type": "object",
+        "properties": {
+            "type": {"enum": ["Pods", "Percent"]},
+            "value": {"type": "integer", "minimum": 1},
+            "periodSeconds": {"type": "integer", "minimum": 1, "maximum": 1800},
+        },
+        "required": ["type", "value", "periodSeconds"],
+        "additionalProperties": False,
+    },
+}
+_RULES = {
+    "type": "object",
+    "properties": {
+        "stabilizationWindowSeconds": {"type": "integer", "minimum": 0, "maximum": 3600},
+        "policies": _POLICIES,
+    },
+    "additionalProperties": False,
+}
+_COUNT = {"type": "integer", "minimum": 0}
 CUSTOM = {
+    "ScaledObject": {
+        "type": "object",
+        "properties": {
+            "scaleTargetRef": {
+                "type": "object",
+                "properties": {"apiVersion": _STRING, "kind": _STRING, "name": _STRING},
+                "required": ["name"],
+                "additionalProperties": False,
+            },
+            "pollingInterval": _COUNT,
+            "minReplicaCount": _COUNT,
+            "maxReplicaCount": _COUNT,
+            "fallback": {
+                "type": "object",
+                "properties": {
+                    "failureThreshold": _COUNT,
+                    "replicas": _COUNT,
+                    "behavior": {
+                        "enum": [
+                            "static",
+                            "currentReplicas",
+                            "currentReplicasIfHigher",
+                            "currentReplicasIfLower",
+                        ]
+                    },
+                },
+                "required": ["failureThreshold", "replicas"],
+                "additionalProperties": False,
+            },
+            "advanced": {
+                "type": "object",
+                "properties": {
+                    "horizontalPodAutoscalerConfig": {
+                        "type": "object",
+                        "properties": {
+                            "behavior": {
+                                "type": "object",
+                                "properties": {"scaleUp": _RULES, "scaleDown": _RULES},
+                                "additionalProperties": False,
+                            }
+                        },
+                        "additionalProperties": False,
+                    }
+                },
+                "additionalProperties": False,
+            },
+            "triggers": {
+                "type": "array",
+                "minItems": 1,
+                "items": {
+                    "type": "object",
+                    "properties": {
+                        "type": {"const": "prometheus"},
+                        "metricType": {"enum": ["AverageValue", "Value"]},
+                        "metadata": {
+                            "type": "object",
+                            "properties": {
+                                "serverAddress": _STRING,
+                                "query": _STRING,
+                                "threshold": {"type": "string", "pattern": r"^[0-9.]+$"},
+                            },
+                            "required": ["serverAddress", "query", "threshold"],
+                            "additionalProperties": False,
+                        },
+                    },
+                    "required": ["type", "metricType", "metadata"],
+                    "additionalProperties": False,
+                },
+            },
+        },
+        "required": ["scaleTargetRef", "triggers"],
+        "additionalProperties": False,
+    },
     "ServiceMonitor": {
         "type": "object",
         "properties": {
@@ -100,7 +196,7 @@ CUSTOM = {
         "additionalProperties": False,
     },
 }
-"""The parts of the Prometheus operator's kinds that are used: no Kubernetes schema has them."""
+"""What is used of the Prometheus operator's kinds and of KEDA's: no Kubernetes schema has them."""
 
 
 @pytest.mark.parametrize("version", [OLDEST, NEWEST])

@@ -11,6 +11,9 @@ import yaml
 
 from drafter_service.__main__ import command as drafter
 from orchestrator.__main__ import command as orchestrator
+from orchestrator.cluster.__main__ import command as controller
+from orchestrator.cluster.controller import HTTP_PORT
+from orchestrator.cluster.discovery import COMPONENT, GRPC_PORT, SELECTOR
 from tests.support.manifests import (
     OVERLAYS,
     ROOT,
@@ -18,6 +21,8 @@ from tests.support.manifests import (
     Workload,
     environment,
     named,
+    resources,
+    selects,
     workloads,
 )
 from verifier_service.__main__ import command as verifier
@@ -72,6 +77,44 @@ def test_settings_of_services_are_options(overlay: str) -> None:
                 check(COMMANDS[role], environment(overlay, container))
                 checked += 1
     assert checked == len(COMMANDS)
+
+
+def test_settings_of_the_controller_are_options() -> None:
+    workload = _workload("production", "controller")
+    container = _container(workload)
+    assert container["command"] == ["outrider", "controller"]
+    settings = environment("production", container)
+    check(controller, settings)
+    assert [int(settings["OUTRIDER_CONTROLLER_PORT"])] == [
+        port["containerPort"] for port in container["ports"]
+    ]
+    # It asks orchestrators as Prometheus does: with a key of its own, over HTTPS.
+    mounts = {mount["mountPath"] for mount in container["volumeMounts"]}
+    files = {value for value in settings.values() if value.startswith("/etc/outrider/")}
+    assert {str(PurePosixPath(file).parent) for file in files} <= mounts
+    assert len(files) == 2
+    # What it scales by default is there, and it looks in its own namespace.
+    context = controller.make_context("controller", [], obj=None)
+    for fleet in ("orchestrators", "verifiers", "drafters"):
+        kind, _, name = str(context.params[fleet]).partition("/")
+        named("production", {"deployment": "Deployment", "statefulset": "StatefulSet"}[kind], name)
+    assert settings["OUTRIDER_CONTROLLER_DISCOVER"] == "kubernetes:outrider"
+
+
+@pytest.mark.parametrize("overlay", OVERLAYS)
+def test_services_say_whose_endpoints_they_are(overlay: str) -> None:
+    """Workers and orchestrators are found by labels that EndpointSlices take over from Services."""
+    ports: dict[str, set[str]] = {}
+    for service in resources(overlay, "Service"):
+        labels = service["metadata"].get("labels", {})
+        component = labels.get(COMPONENT)
+        if component is not None:
+            assert selects({"matchLabels": dict([SELECTOR.split("=")])}, labels)
+            assert service["spec"]["selector"][COMPONENT] == component
+            ports[component] = {port["name"] for port in service["spec"]["ports"]}
+    assert GRPC_PORT in ports["verifier"]
+    assert GRPC_PORT in ports["drafter"]
+    assert HTTP_PORT in ports["orchestrator"]
 
 
 @pytest.mark.parametrize("overlay", OVERLAYS)

@@ -138,3 +138,19 @@ def strings(value: Any) -> Iterator[str]:
         case list():
             for each in value:
                 yield from strings(each)
+
+
+def granted(overlay: str, account: str) -> set[tuple[str, str, str]]:
+    """Return what a service account may do: (verb, API group, resource)."""
+    allowed: set[tuple[str, str, str]] = set()
+    for binding in resources(overlay, "RoleBinding"):
+        if account not in {subject["name"] for subject in binding["subjects"]}:
+            continue
+        for rule in named(overlay, "Role", binding["roleRef"]["name"])["rules"]:
+            allowed |= {
+                (verb, group, resource)
+                for verb in rule["verbs"]
+                for group in rule["apiGroups"]
+                for resource in rule["resources"]
+            }
+    return allowed
