@@ -350,14 +350,21 @@ def load_language_model_proposer(
     device: Device,
     compiled: bool,
     cache_dir: Path,
+    target: str | None = None,
     threads: int,
     leaves_max: int,
     kv_tokens_max: int | None,
 ) -> LanguageModelProposer:
-    """Load a draft model. Raises `ModelLoadError`."""
+    """Load a draft model; `target` is where a distilled one borrows. Raises `ModelLoadError`."""
     set_threads(threads)
     model = load_language_model(
-        spec, dtype=dtype, quantize=quantize, device=device, compiled=compiled, cache_dir=cache_dir
+        spec,
+        dtype=dtype,
+        quantize=quantize,
+        device=device,
+        compiled=compiled,
+        cache_dir=cache_dir,
+        target=target,
     )
     info = model_info(model, proposer="language-model")
     return LanguageModelProposer(model, info, leaves_max=leaves_max, kv_tokens_max=kv_tokens_max)
