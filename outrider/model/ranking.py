@@ -17,6 +17,9 @@ from torch import Tensor
 from outrider.domain import SamplingParams
 from outrider.model.sampling import ACCEPT_LOGPROB_FLOOR, rank_candidates
 
+_MASSLESS = -80.0
+"""A whole vocabulary of logits that are so far below the best weighs nothing in float32."""
+
 Guesses: TypeAlias = list[tuple[int, float]]
 """(token, estimated log-probability of acceptance), best first."""
 
@@ -48,7 +51,8 @@ def _rank_distinct(logits: Tensor, count: int) -> list[Guesses] | None:
     logits = logits.detach().float()
     # One more than asked for: `topk` does not say which of equals it takes.
     best, ids = logits.topk(min(count + 1, logits.shape[1]), dim=-1)
-    masses = (logits - best[:, :1]).exp_().sum(dim=-1).tolist()
+    # What is beyond all reach, such as ids that a drafter cannot guess, costs time in `exp`.
+    masses = (logits - best[:, :1]).clamp_(min=_MASSLESS).exp_().sum(dim=-1).tolist()
     if not math.isfinite(sum(masses)):
         return None  # some logit is no number, or a row has none
     ranked: list[Guesses] = []

@@ -162,9 +162,7 @@ class Trainer:
             return
         while True:
             if not self._files:
-                self._files, _ = split(self._corpus.files())
-                if not self._files:
-                    raise ConfigError(f"{self._corpus.folder} has no conversations to train on yet")
+                self._files = self._training_files()
             order = random.Random(f"{self.config.seed} {self._epoch}")
             epoch = batches(self._corpus, self._files, self.config.batch_tokens, order)
             for index, batch in enumerate(epoch):
@@ -172,6 +170,12 @@ class Trainer:
                     self._epoch_step += 1
                     yield batch
             self._epoch, self._epoch_step, self._files = self._epoch + 1, 0, []
+
+    def _training_files(self) -> list[Path]:
+        files, _ = split(self._corpus.files())
+        if not files:
+            raise ConfigError(f"{self._corpus.folder} has no conversations to train on yet")
+        return files
 
     def _update(self, batch: Batch) -> float:
         for group in self._optimizer.param_groups:
@@ -214,7 +218,7 @@ class Trainer:
 
     def fit(self) -> None:
         """Set the matrix before the head to the least-squares solution; once, at the beginning."""
-        files, _ = split(self._corpus.files())
+        files = self._training_files()
         width = len(self._turn)
         squares = torch.zeros((width, width), device=self._device)
         products = torch.zeros_like(squares)

@@ -13,13 +13,12 @@ from outrider.domain import SamplingParams
 from outrider.model.distillation import stages
 from outrider.model.distillation.drafting import DistilledModel
 from outrider.model.distillation.evaluation import Answer, TreeShape, score_answer
-from outrider.model.distillation.folder import TargetName, write_folder
-from outrider.model.distillation.student import new_student, own_parameters, student_config
 from outrider.model.language_model import LanguageModel, Row, TransformersModel
 from outrider.model.loading import load_language_model
 from outrider.model.noise import gumbel_numpy
 from outrider.model.ranking import ranked_guesses
 from outrider.model.sampling import sample_nodes
+from tests.support.distilled import write_untrained
 
 from .conftest import TARGET
 
@@ -37,15 +36,7 @@ def logits_of(model: LanguageModel, text: list[int]) -> torch.Tensor:
 
 
 def drafter_of(folder: Path, layers: tuple[int, ...], kept: tuple[int, ...]) -> DistilledModel:
-    target = stages.whole_target(TARGET, None)
-    write_folder(
-        folder,
-        target=TargetName(TARGET, stages.target_digest(TARGET, None, folder)),
-        layers=layers,
-        model_config=student_config(target.config, layers),
-        kept=kept,
-        weights=own_parameters(new_student(target, layers, kept)),
-    )
+    write_untrained(folder, TARGET, layers, kept)
     model = load_language_model(str(folder), device="cpu", cache_dir=Path("/nonexistent"))
     assert isinstance(model, DistilledModel)
     return model
@@ -122,11 +113,14 @@ def test_the_target_as_its_own_drafter_scores_full_marks(
         text.append(int(logits.argmax()))
     cache.release()
     answer = Answer("x", tuple(TEXT), tuple(text[len(TEXT) :]))
-    score = score_answer(whole, answer, TreeShape(passes=4, leaves=4, width=2, nodes=12))
+    score = score_answer(whole, answer, TreeShape(passes=4, leaves=1, width=1, nodes=4))
     assert score.agreement == 1.0
     # 25 tokens after the first; five in each step, one of which is the target's own.
     assert (score.committed, score.steps) == (25, 5)
-    chain = score_answer(whole, answer, TreeShape(passes=2, leaves=1, width=1, nodes=1))
-    assert chain.tau == pytest.approx(25 / 13)
+    pairs = score_answer(whole, answer, TreeShape(passes=2, leaves=1, width=1, nodes=1))
+    assert pairs.steps == 13
+    # Of a tree without bounds, the path to the tokens that follow is a part.
+    bushy = score_answer(whole, answer, TreeShape(passes=4, leaves=99, width=2, nodes=999))
+    assert bushy.steps == 5
     wrong = Answer("x", tuple(TEXT), tuple((token + 1) % 256 for token in answer.answer))
     assert score_answer(whole, wrong, None).agreement < 0.3

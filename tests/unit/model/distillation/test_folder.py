@@ -16,17 +16,16 @@ from outrider.model.distillation.folder import (
     CONFIG_FILE,
     VOCABULARY_FILE,
     WEIGHTS_FILE,
-    TargetName,
     is_distilled,
     read_folder,
-    write_folder,
 )
-from outrider.model.distillation.student import new_student, own_parameters, student_config
+from outrider.model.distillation.student import new_student, own_parameters
 from outrider.model.loading import load_language_model
+from tests.support.distilled import write_untrained
 
 from .conftest import TARGET
 
-KEPT = (2, 3, 5, 7, 256, 258)
+KEPT = tuple(range(8, 260, 14))
 LAYERS = (0, 2)
 
 
@@ -34,15 +33,7 @@ LAYERS = (0, 2)
 def drafter(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A drafter that was never trained; not to be changed."""
     folder = tmp_path_factory.mktemp("made") / "drafter"
-    target = stages.whole_target(TARGET, None)
-    write_folder(
-        folder,
-        target=TargetName(TARGET, stages.target_digest(TARGET, None, folder)),
-        layers=LAYERS,
-        model_config=student_config(target.config, LAYERS),
-        kept=KEPT,
-        weights=own_parameters(new_student(target, LAYERS, KEPT)),
-    )
+    write_untrained(folder, TARGET, LAYERS, KEPT)
     return folder
 
 
@@ -118,7 +109,8 @@ def test_wrong_weights_are_refused(copy: Path, damage: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "ids", [[], [1, 2], [1, 2, 3, 4, 5, 5], [5, 4, 3, 2, 1, 0], [0, 1, 2, 3, 4, 260], ["a"] * 6, {}]
+    "ids",
+    [[], [1, 2], [*KEPT[:-1], KEPT[0]], KEPT[::-1], [*KEPT[:-1], 260], ["a"] * len(KEPT), {}],
 )
 def test_a_wrong_vocabulary_is_refused(copy: Path, ids: object) -> None:
     (copy / VOCABULARY_FILE).write_text(json.dumps(ids))

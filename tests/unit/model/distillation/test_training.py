@@ -12,19 +12,21 @@ import torch
 
 from outrider.errors import ConfigError
 from outrider.model.distillation import stages
+from outrider.model.distillation.batches import split
 from outrider.model.distillation.folder import read_folder
 from outrider.model.distillation.stages import Run
 from outrider.model.distillation.student import (
     default_layers,
+    fill_student,
     frequent_ids,
     new_student,
     own_parameters,
 )
-from outrider.model.distillation.training import Report, TrainingConfig
+from outrider.model.distillation.training import Report, Trainer, TrainingConfig
 
 from .conftest import TARGET
 
-CONFIG = TrainingConfig(tokens_max=20_000, batch_tokens=512, warm_up_tokens=1_000)
+CONFIG = TrainingConfig(tokens_max=20_000, batch_tokens=1_024, warm_up_tokens=1_000)
 
 
 def copied(run: Run, folder: Path) -> Run:
@@ -47,13 +49,37 @@ def trained(run: Run, **options: Any) -> list[Report]:
     return reports
 
 
-def test_agreement_rises(written: Run, tmp_path: Path) -> None:
+def test_agreement_rises(written: Run) -> None:
+    target: Any = stages.whole_target(TARGET, None)
+    kept = range(260)
+    head = target.get_output_embeddings().weight.detach()
+    trainer = Trainer(new_student(target, (0, 1), kept), head, kept, written.corpus, CONFIG)
+    untrained = trainer.agreement()
+    trainer.fit()
+    fitted = trainer.agreement()
+    losses: list[float] = []
+    trainer.run(lambda entry: losses.append(entry.loss), report_s=0, steps_max=20)
+    assert untrained + 0.05 < fitted < trainer.agreement() + 0.02
+    assert trainer.agreement() > untrained + 0.1
+    assert sum(losses[-5:]) < 0.9 * sum(losses[:5])
+
+
+def test_weights_that_are_kept_score_as_reported(written: Run, tmp_path: Path) -> None:
     run = copied(written, tmp_path / "run")
-    start = trained(run, steps_max=1)[-1].agreement
-    end = trained(run, steps_max=40)[-1].agreement
-    assert start is not None
-    assert end is not None
-    assert end > start + 0.05
+    reported = trained(run, steps_max=6)[-1].agreement
+    drafter = read_folder(run.drafter)
+    student = new_student(stages.whole_target(TARGET, None), drafter.layers, drafter.kept)
+    fill_student(student, drafter.weights)
+    right = count = 0
+    for entry in (e for p in split(run.corpus.files())[1] for e in run.corpus.read(p)):
+        with torch.no_grad():
+            logits = student(entry.tokens[None].long()).logits[0]
+        chosen = torch.tensor(drafter.kept)[logits.argmax(-1)][entry.answer_start - 1 : -1]
+        head = stages.whole_target(TARGET, None).get_output_embeddings().weight.detach()
+        right += int((chosen == (entry.hidden.float() @ head.T).argmax(-1)).sum())
+        count += len(chosen)
+    # But for the rounding of stored weights.
+    assert right / count == pytest.approx(reported, abs=0.03)
 
 
 def test_a_run_that_was_stopped_ends_with_the_same_weights(written: Run, tmp_path: Path) -> None:
