@@ -170,14 +170,15 @@ def _load_distilled(
     drafter = read_folder(folder)
     place = target or drafter.target.model
     files = None if place.startswith(random_model.PREFIX) else resolve_model(place, cache_dir)
+    lent = None if files is None else files.folder
     with progress(f"Loading drafter '{drafter.name}'"):
-        digest = target_digest(place, files and files.folder, cache_dir)
+        digest = target_digest(place, lent, cache_dir)
         if digest != drafter.target.digest:
             raise ModelLoadError(
                 f"it was made for another target: for '{drafter.target.model}' with weights"
                 f" {drafter.target.digest[:12]}, while those of '{place}' are {digest[:12]}"
             )
-        embeddings = borrowed_embeddings(place, files and files.folder)
+        embeddings = borrowed_embeddings(place, lent)
         module = empty_student(
             drafter.model_config, embeddings, len(drafter.kept), attention.ATTENTION
         )

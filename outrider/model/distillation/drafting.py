@@ -25,10 +25,11 @@ class DistilledModel(TransformersModel):
         super().__init__(model.module, identity)
         self.windows = model.windows
         self.vocabulary_size = size
-        self._kept = torch.tensor(kept, device=self.device)
+        self.kept = torch.tensor(kept, device=self.device)
+        """Ids of the outputs, ascending."""
 
     def run(self, inputs: StepInputs, pool: KvPool) -> torch.Tensor:
         """Compute a pass; returns the wanted logits, float32 [M, vocabulary]."""
         logits = super().run(inputs, pool)
         whole = logits.new_full((len(logits), self.vocabulary_size), -math.inf)
-        return whole.index_copy_(1, self._kept, logits)
+        return whole.index_copy_(1, self.kept, logits)

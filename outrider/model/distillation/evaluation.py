@@ -14,6 +14,7 @@ from dataclasses import dataclass
 
 from outrider.domain import SamplingParams
 from outrider.model.distillation.chat_frame import ChatFrame
+from outrider.model.distillation.drafting import DistilledModel
 from outrider.model.distillation.openings import Prompt
 from outrider.model.kv_cache import KvPool, SessionCache
 from outrider.model.language_model import LanguageModel, Row, TransformersModel
@@ -174,11 +175,13 @@ def _grown(
     leaves: list[tuple[float, int]] = []
     pending = list(text[cache.prefix_length :])
     row = Row(cache, pending, None, [len(pending) - 1])
+    kept = drafter.kept if isinstance(drafter, DistilledModel) else None
     expanded = [-1]
     for number in range(shape.passes):
         logits = drafter.forward([row])
         count = len(expanded)
-        guesses = ranked_guesses(logits, [_GREEDY] * count, [0] * count, [0] * count, shape.width)
+        zeros = [0] * count
+        guesses = ranked_guesses(logits, [_GREEDY] * count, zeros, zeros, shape.width, kept)
         for parent, children in zip(expanded, guesses, strict=True):
             above = nodes[parent].logprob if parent >= 0 else 0.0
             for token, logprob in children:

@@ -51,7 +51,8 @@ def borrowed_embeddings(spec: str, folder: Path | None) -> torch.Tensor:
         try:
             with safe_open(path, framework="pt") as file:
                 if name in file.keys():  # noqa: SIM118 (not a mapping)
-                    return file.get_tensor(name).float()
+                    found: torch.Tensor = file.get_tensor(name)
+                    return found.float()
         except (OSError, SafetensorError) as error:
             raise ModelLoadError(f"{path} cannot be read: {error}") from error
     raise ModelLoadError(f"the target in {folder} has no tensor '{name}'")

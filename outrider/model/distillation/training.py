@@ -182,7 +182,7 @@ class Trainer:
             group["lr"] = self.config.rate_at(self.tokens)
         loss = self._loss(batch)
         self._optimizer.zero_grad(set_to_none=True)
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(self._parameters.values(), 1.0, foreach=True)
         self._optimizer.step()
         self.step += 1

@@ -85,7 +85,13 @@ def test_only_kept_ids_are_guessed_and_each_at_its_own_place(tmp_path: Path) -> 
     assert ((logits - theirs)[:, KEPT]).square().mean().sqrt() < 0.1 * theirs.std()
     for params in (GREEDY, SAMPLED):
         count = len(TEXT)
-        guesses = ranked_guesses(logits, [params] * count, [3] * count, list(range(count)), 3)
+        places: Any = ([params] * count, [3] * count, list(range(count)))
+        guesses = ranked_guesses(logits, *places, 3)
+        short = ranked_guesses(logits, *places, 3, model.kept)
+        for one, other in zip(guesses, short, strict=True):
+            assert [token for token, _ in one] == [token for token, _ in other]
+            claims = [claim for _, claim in other]
+            assert [claim for _, claim in one] == pytest.approx(claims, abs=1e-4)
         assert all(len(row) == 3 for row in guesses)
         assert all(token in KEPT for row in guesses for token, _ in row)
 
