@@ -181,7 +181,7 @@ def generate(
 @click.option(
     "--rate",
     type=click.FloatRange(min=0, min_open=True),
-    default=1e-3,
+    default=1.4e-3,
     show_default=True,
     help="Learning rate between warm-up and decay.",
 )

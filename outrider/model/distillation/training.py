@@ -41,11 +41,11 @@ _FIT_DAMPING = 0.03
 class TrainingConfig:
     """How a student is trained. Tokens are those of answers, each time they are seen."""
 
-    tokens_max: int = 2_000_000
-    batch_tokens: int = 2_048
-    rate: float = 1.0e-3
+    tokens_max: int = 1_000_000
+    batch_tokens: int = 1_536
+    rate: float = 1.4e-3
     """Learning rate, after `warm_up_tokens` and before the last `decay_share` of all tokens."""
-    warm_up_tokens: int = 40_000
+    warm_up_tokens: int = 15_000
     decay_share: float = 0.4
     weight_decay: float = 0.01
     first_choice_weight: float = 0.5
