@@ -43,6 +43,10 @@ from outrider.serving.options import (
 )
 @click.option("--model", help="Draft model with the target's tokenizer (language-model only).")
 @click.option(
+    "--target",
+    help="Where the target of a distilled draft model is.  [default: where it was]",
+)
+@click.option(
     "--leaves-max",
     type=click.IntRange(min=1),
     default=8,

@@ -55,6 +55,8 @@ class DrafterConfig:
     proposer: str
     """One of `PROPOSERS`, or several as in "cascade:lookup,language-model"."""
     model: str | None
+    target: str | None
+    """Model spec of a distilled drafter's target; None: as the drafter's folder has it."""
     dtype: Dtype
     quantize: Quantize
     device: Device

@@ -52,6 +52,7 @@ def _language_model(config: DrafterConfig) -> tuple[Proposer, BlockPool]:
         device=config.device,
         compiled=config.compiled,
         cache_dir=config.cache_dir,
+        target=config.target,
         threads=config.threads,
         leaves_max=config.leaves_max,
         kv_tokens_max=config.kv_tokens_max,

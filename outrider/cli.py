@@ -12,21 +12,29 @@ import logging
 import sys
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 from rich.console import Console
 from rich.table import Table
 
 import outrider
+from outrider.cli_distill import distill
 from outrider.cli_generation import chat, connection_options, generate
 from outrider.cli_top import table_console, top
 from outrider.client import Client, Request
 from outrider.config import Tls
 from outrider.errors import OutriderError
 from outrider.serving.options import apply, cache_option
+from outrider.shipped import shipped_drafter
+
+if TYPE_CHECKING:
+    from outrider.local import LocalConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
+
+LOOKUP = "lookup"
+"""In place of a draft model: none."""
 
 
 class _Group(click.Group):
@@ -69,6 +77,7 @@ def main() -> None:
 main.add_command(generate)
 main.add_command(chat)
 main.add_command(top)
+main.add_command(distill)
 
 
 @main.command()
@@ -215,8 +224,8 @@ def local_options(command: F) -> F:
         ),
         click.option(
             "--draft-model",
-            help="Draft model with the target's tokenizer; every other drafter runs it, the "
-            "rest look up.  [default: all look up]",
+            help="Draft model with the target's tokenizer; every other drafter runs it, the rest "
+            "look up. 'lookup': all look up.  [default: the one that is shipped for the model]",
         ),
         click.option(
             "--redis",
@@ -234,16 +243,30 @@ def local_options(command: F) -> F:
     return apply(command, *options)
 
 
+def local_config(port: int | None, **options: Any) -> LocalConfig:
+    """Return what to start, with the shipped drafter unless another is named."""
+    from outrider.local import LocalConfig
+
+    draft_model = options.pop("draft_model")
+    if draft_model is None:
+        shipped = shipped_drafter(options["model"])
+        draft_model = None if shipped is None else str(shipped)
+    elif draft_model == LOOKUP:
+        draft_model = None
+    return LocalConfig(port=port, draft_model=draft_model, **options)
+
+
 @main.command()
 @local_options
 @click.option("--port", type=click.IntRange(1, 65535), default=50050, show_default=True)
 @click.option("--http-port", type=click.IntRange(1, 65535), default=8080, show_default=True)
 def local(port: int, http_port: int, **options: Any) -> None:
     """Run a whole fleet on this machine, each service its own process, until Ctrl-C."""
-    from outrider.local import LocalConfig, LocalFleet, wait_for_stop
+    from outrider.local import LocalFleet, wait_for_stop
 
     console = Console(stderr=True)
-    with LocalFleet(LocalConfig(port=port, http_port=http_port, **options), console) as fleet:
+    config = local_config(port, http_port=http_port, **options)
+    with LocalFleet(config, console) as fleet:
         console.print(
             f"ready on [bold]{fleet.endpoint}[/]; logs in {fleet.log_dir}", soft_wrap=True
         )
@@ -263,6 +286,5 @@ def local(port: int, http_port: int, **options: Any) -> None:
 def demo(repeats: int, **options: Any) -> None:
     """Answer a real prompt through a whole fleet, speculated and not, and compare."""
     from outrider.demo import run_demo
-    from outrider.local import LocalConfig
 
-    sys.exit(run_demo(LocalConfig(port=None, **options), repeats=repeats))
+    sys.exit(run_demo(local_config(None, **options), repeats=repeats))

@@ -9,6 +9,7 @@ from __future__ import annotations
 import statistics
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from rich.console import Console
 from rich.table import Table
@@ -99,8 +100,11 @@ def run_demo(config: LocalConfig, *, repeats: int) -> int:
     """Run the demonstration; returns the exit status: 0 if the outputs are identical."""
     console = Console()
     with LocalFleet(config, console) as fleet, Client(fleet.endpoint) as client:
+        guessing = "lookup"
+        if config.draft_model is not None:
+            guessing = f"{Path(config.draft_model).name}, then lookup, in turn"
         console.print(
-            f"fleet: {config.verifiers} verifier(s), {config.drafters} drafter(s), "
+            f"fleet: {config.verifiers} verifier(s), {config.drafters} drafter(s) ({guessing}), "
             f"1 orchestrator; {config.model} in {config.dtype}; logs in {fleet.log_dir}\n",
             soft_wrap=True,
         )

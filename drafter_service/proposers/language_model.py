@@ -23,6 +23,7 @@ from outrider.config import Quantize
 from outrider.domain import DraftBudget, ModelInfo
 from outrider.draft_tree import Advance, Node
 from outrider.kv_blocks import BlockPool
+from outrider.model.distillation.drafting import DistilledModel
 from outrider.model.info import model_info
 from outrider.model.kv_cache import SessionCache
 from outrider.model.language_model import LanguageModel, Row
@@ -91,6 +92,7 @@ class LanguageModelProposer:
     ) -> None:
         """`queue` orders the work; without `learning`, claims are what the model says."""
         self._model = model
+        self._kept = model.kept if isinstance(model, DistilledModel) else None
         self._pool = model.new_pool(kv_tokens_max)
         self._step = 0
         self._info = info
@@ -182,6 +184,7 @@ class LanguageModelProposer:
                     # A node at index i of the sequence is followed by the token at index i + 1.
                     [node.position + 1 for _, node in places],
                     self._width,
+                    self._kept,
                 )
             )
             for growth in growths:
@@ -350,14 +353,21 @@ def load_language_model_proposer(
     device: Device,
     compiled: bool,
     cache_dir: Path,
+    target: str | None = None,
     threads: int,
     leaves_max: int,
     kv_tokens_max: int | None,
 ) -> LanguageModelProposer:
-    """Load a draft model. Raises `ModelLoadError`."""
+    """Load a draft model; `target` is where a distilled one borrows. Raises `ModelLoadError`."""
     set_threads(threads)
     model = load_language_model(
-        spec, dtype=dtype, quantize=quantize, device=device, compiled=compiled, cache_dir=cache_dir
+        spec,
+        dtype=dtype,
+        quantize=quantize,
+        device=device,
+        compiled=compiled,
+        cache_dir=cache_dir,
+        target=target,
     )
     info = model_info(model, proposer="language-model")
     return LanguageModelProposer(model, info, leaves_max=leaves_max, kv_tokens_max=kv_tokens_max)

@@ -7,10 +7,12 @@ import json
 import logging
 import os
 import tempfile
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from outrider.domain import RULE_VERSION
 from outrider.errors import ModelLoadError
@@ -77,21 +79,57 @@ def folder_digest(folder: Path, cache_dir: Path) -> str:
     Kept under `cache_dir` for as long as names, sizes and modification times stay the same; the
     model's own folder may be read-only. Raises ModelLoadError if there are none.
     """
+    return _kept_digest(folder, cache_dir, _files_digest)
+
+
+def tensors_digest(folder: Path, cache_dir: Path) -> str:
+    """Return the SHA-256 (hex) over a model folder's tensors, in the order of their names.
+
+    Other than `folder_digest` it does not depend on how they are spread over files. Kept likewise.
+    Raises ModelLoadError if there are none.
+    """
+    return _kept_digest(folder, cache_dir, _tensors_digest)
+
+
+def _kept_digest(folder: Path, cache_dir: Path, compute: Callable[[Sequence[Path]], str]) -> str:
     files = sorted(folder.glob("*.safetensors"))
     if not files:
         raise ModelLoadError("there are no *.safetensors files; other formats are not loaded")
     stats = [(file.name, file.stat().st_size, file.stat().st_mtime_ns) for file in files]
-    key = hashlib.sha256(json.dumps([str(folder.resolve()), stats]).encode()).hexdigest()
+    identity = [str(folder.resolve()), stats]
+    if compute is not _files_digest:
+        identity.append(compute.__name__)
+    key = hashlib.sha256(json.dumps(identity).encode()).hexdigest()
     cached = cache_dir / "digests" / key
     if cached.is_file():
         return cached.read_text()
+    digest = compute(files)
+    _write_atomically(cached, digest)
+    return digest
+
+
+def _files_digest(files: Sequence[Path]) -> str:
     digest = hashlib.sha256()
     for file in files:
         with file.open("rb") as content:
             digest.update(f"{file.name} ".encode())
             digest.update(hashlib.file_digest(content, "sha256").digest())
-    _write_atomically(cached, digest.hexdigest())
     return digest.hexdigest()
+
+
+def _tensors_digest(files: Sequence[Path]) -> str:
+    digests = {}
+    try:
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                for name in file.keys():  # noqa: SIM118 (not a mapping)
+                    tensor = file.get_tensor(name)
+                    content = tensor.contiguous().view(-1).view(torch.uint8).numpy()
+                    shape = f"{tensor.dtype} {tuple(tensor.shape)}"
+                    digests[name] = f"{shape} {hashlib.sha256(content).hexdigest()}"
+    except (OSError, SafetensorError) as error:
+        raise ModelLoadError(f"{path} cannot be read: {error}") from error
+    return hashlib.sha256(json.dumps(sorted(digests.items())).encode()).hexdigest()
 
 
 def _write_atomically(path: Path, text: str) -> None:

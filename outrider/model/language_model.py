@@ -150,7 +150,7 @@ class TransformersModel:
 
     def __init__(self, module: PreTrainedModel, identity: ModelIdentity) -> None:
         self.module: Any = module.eval().requires_grad_(False)
-        self._identity = identity
+        self.identity = identity
         config: Any = module.config.get_text_config(decoder=True)
         self.vocabulary_size: int = module.get_output_embeddings().out_features
         self.length_max: int = config.max_position_embeddings
@@ -164,12 +164,12 @@ class TransformersModel:
     @property
     def name(self) -> str:
         """Name for people and requests."""
-        return self._identity.name
+        return self.identity.name
 
     @property
     def eos_ids(self) -> tuple[int, ...]:
         """Ids that end a text, in ascending order."""
-        return self._identity.eos_ids
+        return self.identity.eos_ids
 
     @property
     def dtype(self) -> str:
@@ -179,17 +179,17 @@ class TransformersModel:
     @property
     def model_fingerprint(self) -> str:
         """What must match for KV to be shared or an output to be continued exactly."""
-        return self._identity.model_fingerprint
+        return self.identity.model_fingerprint
 
     @property
     def tokenizer_fingerprint(self) -> str:
         """See `outrider.tokenizer.tokenizer_fingerprint`."""
-        return self._identity.tokenizer_fingerprint
+        return self.identity.tokenizer_fingerprint
 
     @property
     def tokenizer_files(self) -> Mapping[str, bytes]:
         """Contents of the tokenizer's files, by name."""
-        return self._identity.tokenizer_files
+        return self.identity.tokenizer_files
 
     @property
     def kv_bytes_per_token(self) -> int:

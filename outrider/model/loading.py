@@ -18,6 +18,10 @@ from outrider.config import Quantize
 from outrider.errors import ModelLoadError
 from outrider.model import attention, native, random_model, synthetic
 from outrider.model.compiling import can_compile, compile_steps
+from outrider.model.distillation.drafting import DistilledModel
+from outrider.model.distillation.folder import is_distilled, read_folder
+from outrider.model.distillation.student import empty_student, fill_student
+from outrider.model.distillation.target import borrowed_embeddings, target_digest
 from outrider.model.fingerprint import folder_digest, model_fingerprint, parameters_digest
 from outrider.model.language_model import LanguageModel, ModelIdentity, TransformersModel
 from outrider.model.packaged import PACKAGES, packaged_model, progress, quiet_transformers
@@ -41,7 +45,8 @@ Device = Literal["auto", "cpu", "cuda"]
 SPEC_FORMS = (
     f"a packaged model ({', '.join(PACKAGES)}), a tiny random one (random:NAME?seed=1), one that"
     " computes nothing (synthetic:NAME?step=1:22), a folder with config.json, tokenizer.json and"
-    " *.safetensors, or a Hugging Face id (owner/name)"
+    " *.safetensors, a drafter's folder made by `outrider distill`, or a Hugging Face id"
+    " (owner/name)"
 )
 """The forms of a model spec, for people."""
 
@@ -88,12 +93,14 @@ def load_language_model(
     compiled: bool = False,
     cache_dir: Path,
     ranks: Ranks | None = None,
+    target: str | None = None,
 ) -> LanguageModel:
     """Load the model that `spec` names (see `SPEC_FORMS`), ready to run.
 
     With `ranks`, all of them must call this, and get a `ShardedModel`. `compiled`: see
     `outrider.model.compiling`; where there is no compiler, and with `ranks`, the model runs as it
-    is. `cache_dir` keeps what was fetched, converted or computed. Raises ModelLoadError, whose
+    is. `cache_dir` keeps what was fetched, converted or computed. `target` says where the target of
+    a distilled drafter is, if not where it was when that was made. Raises ModelLoadError, whose
     message names the spec, for whatever keeps the model from being loaded or addressed.
     """
     attention.register()
@@ -105,6 +112,10 @@ def load_language_model(
             raise ModelLoadError(f"--quantize {quantize} cannot be used with several processes")
         if spec.startswith(synthetic.PREFIX):
             return _load_synthetic(spec, how)
+        if is_distilled(spec):
+            return _load_distilled(Path(spec).expanduser(), how, cache_dir, target)
+        if target is not None:
+            raise ModelLoadError("only a distilled drafter borrows from a target")
         if spec.startswith(random_model.PREFIX):
             model = _load_random(spec, how)
         else:
@@ -148,6 +159,37 @@ def _load_random(spec: str, how: _How) -> TransformersModel:
         check_divisible(module.config, how.ranks)
         shard_module(module, how.ranks)
     return _assemble(parsed.name, module, weights, byte_tokenizer_files(), how)
+
+
+def _load_distilled(
+    folder: Path, how: _How, cache_dir: Path, target: str | None
+) -> TransformersModel:
+    """Load a drafter around its target's embeddings and tokenizer."""
+    if how.ranks is not None:
+        raise ModelLoadError("a distilled drafter runs in a single process")
+    drafter = read_folder(folder)
+    place = target or drafter.target.model
+    files = None if place.startswith(random_model.PREFIX) else resolve_model(place, cache_dir)
+    lent = None if files is None else files.folder
+    with progress(f"Loading drafter '{drafter.name}'"):
+        digest = target_digest(place, lent, cache_dir)
+        if digest != drafter.target.digest:
+            raise ModelLoadError(
+                f"it was made for another target: for '{drafter.target.model}' with weights"
+                f" {drafter.target.digest[:12]}, while those of '{place}' are {digest[:12]}"
+            )
+        embeddings = borrowed_embeddings(place, lent)
+        module = empty_student(
+            drafter.model_config, embeddings, len(drafter.kept), attention.ATTENTION
+        )
+        fill_student(module, drafter.weights)
+        _place(module, how.device, how.dtype)
+    tokenizer_files = byte_tokenizer_files() if files is None else files.tokenizer_files()
+    student = _assemble(drafter.name, module, drafter.digest, tokenizer_files, how)
+    check_model(student)
+    if how.compiled:
+        compile_steps(student.module)
+    return DistilledModel(student, student.identity, drafter.kept, len(embeddings))
 
 
 def _load_folder(files: ModelFiles, how: _How, cache_dir: Path) -> TransformersModel:

@@ -27,13 +27,15 @@ def ranked_guesses(
     seeds: Sequence[int],
     positions: Sequence[int],
     count: int,
+    kept: Tensor | None = None,
 ) -> list[Guesses]:
     """Return up to `count` guesses at each of N nodes; see `sampling.rank_candidates`.
 
-    Fewer where the filters leave no more tokens.
+    Fewer where the filters leave no more tokens. `kept`: the ids, ascending, whose logits are not
+    minus infinity; None: any may be so.
     """
     if all(param.greedy for param in params):
-        ranked = _rank_distinct(logits, count)
+        ranked = _rank_distinct(logits, count, kept)
         if ranked is not None:
             return ranked
     tokens, _, logprobs = rank_candidates(logits, params, seeds, positions, count)
@@ -43,14 +45,18 @@ def ranked_guesses(
     ]
 
 
-def _rank_distinct(logits: Tensor, count: int) -> list[Guesses] | None:
+def _rank_distinct(logits: Tensor, count: int, kept: Tensor | None) -> list[Guesses] | None:
     """Rank greedy rows, or return None if it takes more to do so."""
     logits = logits.detach().float()
+    if kept is not None:
+        logits = logits.index_select(1, kept)
     # One more than asked for: `topk` does not say which of equals it takes.
     best, ids = logits.topk(min(count + 1, logits.shape[1]), dim=-1)
     masses = (logits - best[:, :1]).exp_().sum(dim=-1).tolist()
     if not math.isfinite(sum(masses)):
         return None  # some logit is no number, or a row has none
+    if kept is not None:
+        ids = kept[ids]
     ranked: list[Guesses] = []
     for values, tokens, mass in zip(best.tolist(), ids.tolist(), masses, strict=True):
         if len(set(values)) < len(values):
