@@ -19,7 +19,7 @@ import aiohttp
 from kubernetes.aio import client, config
 from kubernetes.aio.client.exceptions import ApiException
 
-from outrider.errors import ConfigError, OutriderError, Unavailable
+from outrider.errors import ConfigError, Unavailable
 
 CALL_TIMEOUT_S = 10.0
 _WATCH_GRACE_S = 10.0
@@ -32,11 +32,14 @@ class ClusterUnavailable(Unavailable):
     """The API server cannot be reached, is too slow, or refuses what it is asked."""
 
 
-class Conflict(OutriderError):
-    """Somebody else has changed an object since it was read, or made it first."""
+class Conflict(Exception):
+    """Somebody else has changed an object since it was read, or made it first.
+
+    Like `Expired` it says what to do next, and never leaves this package.
+    """
 
 
-class Expired(OutriderError):
+class Expired(Exception):
     """A watch cannot go on from where it was: what happened since then is forgotten."""
 
 
@@ -142,7 +145,10 @@ class Cluster:
             if "KUBERNETES_SERVICE_HOST" in os.environ and "KUBECONFIG" not in os.environ:
                 _config.load_incluster_config(client_configuration=settings)
             else:
-                await _config.load_kube_config(client_configuration=settings)
+                # Named here, since the client looks at the environment only when it is imported.
+                await _config.load_kube_config(
+                    config_file=os.environ.get("KUBECONFIG"), client_configuration=settings
+                )
         except (config.ConfigException, OSError, TypeError, KeyError, ValueError) as error:
             raise ConfigError(
                 f"cannot tell how to reach the Kubernetes API: {error}; in a pod it needs a service"
