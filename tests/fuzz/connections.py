@@ -126,6 +126,9 @@ class _Context:
     def __init__(self) -> None:
         self.status: tuple[grpc.StatusCode, str] | None = None
 
+    def trailing_metadata(self) -> tuple[()]:
+        return ()
+
     async def abort(self, code: grpc.StatusCode, details: str = "", *_: Any) -> None:
         self.status = code, details
         raise grpc.aio.AbortError

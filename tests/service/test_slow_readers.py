@@ -12,6 +12,7 @@ import contextlib
 import dataclasses
 import json
 import logging
+import re
 import resource
 import socket
 import time
@@ -137,7 +138,8 @@ async def readers(
 async def metric(running: OrchestratorProcess, name: str) -> float:
     async with httpx.AsyncClient(base_url=running.url, timeout=60) as client:
         lines = (await client.get("/metrics")).text.splitlines()
-    return sum(float(line.split()[-1]) for line in lines if line.startswith(f"outrider_{name}"))
+    series = re.compile(rf"outrider_{name}[ {{]")
+    return sum(float(line.split()[-1]) for line in lines if series.match(line))
 
 
 async def fast_clients(running: OrchestratorProcess, count: int) -> float:
