@@ -26,7 +26,7 @@ from outrider.client import Client, Request
 from outrider.config import Tls
 from outrider.errors import OutriderError
 from outrider.serving.options import apply, cache_option
-from outrider.shipped import shipped_drafter
+from outrider.shipped import CORES_MIN, shipped_drafter
 
 if TYPE_CHECKING:
     from outrider.local import LocalConfig
@@ -225,7 +225,8 @@ def local_options(command: F) -> F:
         click.option(
             "--draft-model",
             help="Draft model with the target's tokenizer; every other drafter runs it, the rest "
-            "look up. 'lookup': all look up.  [default: the one that is shipped for the model]",
+            "look up. 'lookup': all look up.  [default: the one that is shipped for the model, on "
+            f"{CORES_MIN} cores or more]",
         ),
         click.option(
             "--redis",
@@ -244,12 +245,12 @@ def local_options(command: F) -> F:
 
 
 def local_config(port: int | None, **options: Any) -> LocalConfig:
-    """Return what to start, with the shipped drafter unless another is named."""
-    from outrider.local import LocalConfig
+    """Return what to start; with the shipped drafter where it pays, unless another is named."""
+    from outrider.local import LocalConfig, cores
 
     draft_model = options.pop("draft_model")
     if draft_model is None:
-        shipped = shipped_drafter(options["model"])
+        shipped = shipped_drafter(options["model"]) if cores() >= CORES_MIN else None
         draft_model = None if shipped is None else str(shipped)
     elif draft_model == LOOKUP:
         draft_model = None

@@ -151,7 +151,7 @@ class LocalFleet:
 
     def _verifier_arguments(self) -> list[str]:
         config = self._config
-        threads = max(1, (_cores() - self._draft_models) // config.verifiers)
+        threads = max(1, (cores() - self._draft_models) // config.verifiers)
         return [*_model_arguments(config, config.model), "--threads", str(threads)]
 
     @property
@@ -228,7 +228,8 @@ def _model_arguments(config: LocalConfig, model: str) -> list[str]:
     ]
 
 
-def _cores() -> int:
+def cores() -> int:
+    """Return how many this process may use."""
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
 
 

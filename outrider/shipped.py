@@ -5,6 +5,9 @@ from __future__ import annotations
 import sysconfig
 from pathlib import Path
 
+CORES_MIN = 4
+"""Below it a model that guesses takes more from the target, whose cores it needs, than it wins."""
+
 _DRAFTERS = {"smollm2": "smollm2-drafter"}
 """Folder of the drafter for a target, by the target's spec."""
 

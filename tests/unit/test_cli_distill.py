@@ -9,7 +9,9 @@ from typing import Any
 import pytest
 from click.testing import CliRunner, Result
 
+import outrider.local
 from outrider.cli import local_config, main
+from outrider.shipped import CORES_MIN
 
 TARGET = "random:tiny?seed=1&layers=4"
 COMMON = ["--device", "cpu", "--threads", "1"]
@@ -107,10 +109,17 @@ def config_of(model: str, draft_model: str | None, folder: Path) -> str | None:
     ).draft_model
 
 
-def test_fleets_on_one_machine_use_the_shipped_drafter(tmp_path: Path) -> None:
+def test_fleets_on_one_machine_use_the_shipped_drafter(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(outrider.local, "cores", lambda: CORES_MIN)
     shipped = config_of("smollm2", None, tmp_path)
     assert shipped is not None
     assert shipped.endswith("smollm2-drafter")
     assert config_of("smollm2", "lookup", tmp_path) is None
     assert config_of("smollm2", "other", tmp_path) == "other"
     assert config_of("random:tiny", None, tmp_path) is None
+    # Where the target needs every core, it keeps them, unless somebody wants it otherwise.
+    monkeypatch.setattr(outrider.local, "cores", lambda: CORES_MIN - 1)
+    assert config_of("smollm2", None, tmp_path) is None
+    assert config_of("smollm2", "other", tmp_path) == "other"
