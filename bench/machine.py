@@ -38,7 +38,8 @@ def origin(command: Sequence[str]) -> Origin:
     versions = {"outrider": outrider.__version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
-            versions[package] = importlib.metadata.version(package)
+            # Without the build's label, which says where a wheel came from.
+            versions[package] = importlib.metadata.version(package).split("+")[0]
         except importlib.metadata.PackageNotFoundError:
             continue
     return Origin(

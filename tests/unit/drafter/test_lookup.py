@@ -12,7 +12,8 @@ from hypothesis import strategies as st
 from drafter_service.mirror import Mirror
 from drafter_service.proposers.lookup import LookupProposer, SuffixAutomaton
 from drafter_service.proposers.match_estimates import MatchEstimates
-from outrider.domain import BindSpec, Commit, DraftBudget, SamplingParams
+from outrider.domain import Commit
+from tests.support.proposing import mirror_of
 
 thorough = settings(max_examples=300, deadline=None, derandomize=True)
 
@@ -60,26 +61,6 @@ def test_the_latest_occurrence_comes_first() -> None:
 
 
 # --- the proposer -----------------------------------------------------------------------------
-
-
-def mirror_of(
-    *prompt: int, session: int = 1, nodes_max: int = 64, depth_max: int = 32, vocabulary: int = 100
-) -> Mirror:
-    return Mirror(
-        1,
-        BindSpec(
-            session=session,
-            epoch=1,
-            binding=1,
-            prompt=prompt,
-            committed=(),
-            sampling=SamplingParams(),
-            seed=1,
-            tokenizer_fingerprint="",
-            vocabulary_size=vocabulary,
-            budget=DraftBudget(nodes_max, depth_max, 0.0),
-        ),
-    )
 
 
 def opened(proposer: LookupProposer, mirror: Mirror) -> Mirror:
