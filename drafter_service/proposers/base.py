@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Protocol, TypeVar, runtime_checkable
 
 from drafter_service.mirror import Mirror
 from outrider.domain import Candidates, ModelInfo
@@ -57,3 +57,24 @@ class CandidateTaker(Protocol):
         Some may be missing, and ids are not checked: they may be outside the vocabulary.
         """
         ...
+
+
+class GuessesOnce(Protocol):
+    """State of a session for which a proposer guesses once for each text."""
+
+    proposed_length: int
+    """Length of the committed tokens for which guesses were made."""
+
+
+StateT = TypeVar("StateT", bound=GuessesOnce)
+
+
+def with_new_text(
+    mirrors: Iterable[Mirror], states: Mapping[tuple[int, int], StateT]
+) -> Iterator[tuple[Mirror, StateT]]:
+    """Yield the sessions, with their states by `Mirror.key`, whose text has changed; each once."""
+    for mirror in mirrors:
+        state = states[mirror.key]
+        if state.proposed_length != len(mirror.log):
+            state.proposed_length = len(mirror.log)
+            yield mirror, state

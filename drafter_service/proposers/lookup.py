@@ -12,6 +12,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from drafter_service.mirror import Mirror
+from drafter_service.proposers.base import with_new_text
 from drafter_service.proposers.match_estimates import MatchEstimates
 from outrider.domain import ModelInfo
 from outrider.draft_tree import Advance, Node
@@ -169,11 +170,8 @@ class LookupProposer:
 
     def grow(self, mirrors: Sequence[Mirror]) -> bool:
         """Guess once for each session whose text has changed."""
-        for mirror in mirrors:
-            state = self._states[mirror.key]
-            if state.proposed_length != len(mirror.log):
-                state.proposed_length = len(mirror.log)
-                self._propose(mirror, state)
+        for mirror, state in with_new_text(mirrors, self._states):
+            self._propose(mirror, state)
         return False
 
     def _propose(self, mirror: Mirror, state: _State) -> None:

@@ -21,6 +21,7 @@ from dataclasses import dataclass, field
 from typing import TypeAlias
 
 from drafter_service.mirror import Mirror
+from drafter_service.proposers.base import with_new_text
 from outrider.domain import Candidates, ModelInfo
 from outrider.draft_tree import Advance, Node
 
@@ -163,11 +164,8 @@ class RecyclingProposer:
 
     def grow(self, mirrors: Sequence[Mirror]) -> bool:
         """Guess once for each session whose text has changed."""
-        for mirror in mirrors:
-            state = self._states[mirror.key]
-            if state.proposed_length != len(mirror.log):
-                state.proposed_length = len(mirror.log)
-                self._propose(mirror, state)
+        for mirror, state in with_new_text(mirrors, self._states):
+            self._propose(mirror, state)
         return False
 
     def _propose(self, mirror: Mirror, state: _State) -> None:
