@@ -21,6 +21,7 @@ from outrider.model.language_model import LanguageModel
 from outrider.model.loading import load_language_model
 from tests.support.fleet import DRAFT, TARGET, drafter, language_model, load, lookup, verifier
 from tests.support.http_door import RunningDoor, http_door
+from verifier_service.config import EngineConfig
 
 pytest.importorskip("selenium", reason="selenium is not installed")
 
@@ -28,6 +29,8 @@ from tests.support.browser import LAPTOP, PHONE, Browser, browser, missing
 
 pytestmark = pytest.mark.skipif(missing() is not None, reason=str(missing()))
 
+UNHURRIED = EngineConfig(warm_up=False, step_delay_s=0.02)
+"""As slow as a real target, so that drafts of every drafter come in time on any machine."""
 SCREENSHOTS = os.environ.get("OUTRIDER_SCREENSHOTS")
 KEY = "lettersAndDigits123"
 PROMPT = "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n"
@@ -45,10 +48,13 @@ def chromium(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
 
 @contextlib.asynccontextmanager
 async def fleet(
-    target: LanguageModel, proposer: Proposer, name: str = "tiny"
+    target: LanguageModel,
+    proposer: Proposer,
+    name: str = "tiny",
+    config: EngineConfig = UNHURRIED,
 ) -> AsyncIterator[RunningDoor]:
     async with (
-        verifier(target, name=name) as judge,
+        verifier(target, name=name, config=config) as judge,
         drafter(proposer) as guesser,
         drafter(lookup()) as finder,
         http_door([judge.address], [guesser.address, finder.address]) as door,
@@ -203,5 +209,5 @@ async def test_screenshots(chromium: Browser) -> None:
         page.screenshot(folder / "page-fleet.png")
 
     target = load_language_model("smollm2", device="cpu", cache_dir=DEFAULT_CACHE)
-    async with fleet(target, lookup(), "smollm2") as door:
+    async with fleet(target, lookup(), "smollm2", EngineConfig(warm_up=False)) as door:
         await asyncio.to_thread(take, door.url)
