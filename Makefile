@@ -2,6 +2,9 @@
 
 PYTHON ?= python3
 TEST_JOBS ?= 2
+# Of thousands of tests over real sockets, processes and a browser one may miss a deadline on a busy
+# machine. What fails is tried so often again, and listed as RERUN: look at it all the same.
+TEST_RERUNS ?= 1
 BIN := .venv/bin
 PROTOS := $(wildcard proto/outrider/v1/*.proto)
 GENERATED := outrider/v1/types_pb2.py
@@ -53,7 +56,7 @@ lint: install ## Check style, types, import contracts and the protocol
 	$(BIN)/buf lint proto
 
 test: install ## Run the tests (TEST_ARGS="-k tree" for some of them)
-	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile $(TEST_ARGS)
+	$(BIN)/python -m pytest -n $(TEST_JOBS) --dist loadfile --reruns $(TEST_RERUNS) $(TEST_ARGS)
 
 # The versions of package-lock.json, with npm; without them the tests skip what needs Node.
 node: ## Install the packages of the Node client in the contract tests

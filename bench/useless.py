@@ -80,12 +80,16 @@ KINDS = ("alone", "silent", "again", "wrong")
 def measure_useless(
     driver: EngineDriver,
     texts: Texts,
+    counts: Sequence[int],
     kv_tokens_max: int,
     window_s: float,
     rounds: int,
     advance: Callable[[str], None],
 ) -> list[UselessResult]:
-    """Compare no drafter, a silent one and a hopeless one on the same sessions, in turn."""
+    """Compare no drafter, a silent one and a hopeless one on the same sessions, in turn.
+
+    Once for each of `counts`, how many sessions there are at a time.
+    """
     wrong = WrongTrees(driver.engine.model.vocabulary_size)
     silent = Silent(driver.engine.model.vocabulary_size)
     policies: dict[str, Callable[[], Policy | None]] = {
@@ -95,7 +99,7 @@ def measure_useless(
         "wrong": lambda: wrong,
     }
     results = []
-    for sessions in SESSIONS:
+    for sessions in counts:
         prompts = [texts.take(index, PROMPT_TOKENS) for index in range(sessions)]
         tokens = min(2_048, kv_tokens_max // sessions) - PROMPT_TOKENS
         rates: dict[str, list[float]] = {kind: [] for kind in KINDS}

@@ -69,6 +69,15 @@ _SETTLE_S = 0.5
 """Between contenders: OpenMP threads of the one before spin on for a while."""
 
 
+def _counts(_context: click.Context, _option: click.Parameter, value: str) -> tuple[int, ...]:
+    """Read numbers with commas between them."""
+    known = {str(count): count for count in USELESS_SESSIONS}
+    try:
+        return tuple(known[count.strip()] for count in value.split(","))
+    except KeyError as error:
+        raise click.BadParameter(f"{error} is none of {', '.join(known)}") from error
+
+
 @click.command()
 @click.option("--model", default="smollm2", show_default=True, help="A model with a folder.")
 @click.option("--dtype", type=click.Choice(get_args(Dtype)), default="bfloat16", show_default=True)
@@ -84,6 +93,13 @@ _SETTLE_S = 0.5
 @click.option("--rounds", type=click.IntRange(4, 1_000), default=40, show_default=True)
 @click.option("--tokens", type=click.IntRange(24, 512), default=96, show_default=True)
 @click.option("--window", "window_s", type=click.FloatRange(0.5, 60), default=4.0)
+@click.option(
+    "--useless-sessions",
+    callback=_counts,
+    default=",".join(map(str, USELESS_SESSIONS)),
+    show_default=True,
+    help="How many of them useless drafters are measured at; others stay as they were measured.",
+)
 @click.option("--quick", is_flag=True, help="One repeat of everything, to see that it runs.")
 @click.option("--cache-dir", type=click.Path(path_type=Path), default=DEFAULT_CACHE)
 def main(parts: str, quick: bool, **options: Any) -> None:
@@ -205,7 +221,8 @@ class _Bench:
         options = self._options
         driver = self._driver()
         rounds = 2 * options["repeats"]
-        task = self._progress.add_task("useless", total=len(USELESS_SESSIONS) * rounds + 1)
+        counts: tuple[int, ...] = options["useless_sessions"]
+        task = self._progress.add_task("useless", total=len(counts) * rounds + 1)
 
         def advance(what: str) -> None:
             self._progress.update(task, advance=1, description=f"useless: {what}")
@@ -213,6 +230,7 @@ class _Bench:
         self.results.useless = measure_useless(
             driver,
             self._texts,
+            counts,
             driver.engine.pool.tokens_max,
             options["window_s"],
             rounds,
@@ -285,6 +303,10 @@ def _completed(results: Results) -> Results:
         for name in _FIELDS[part]:
             setattr(results, name, getattr(last, name))
         results.times[part] = last.times[part]
+    if "useless" not in kept:
+        counts = {result.sessions for result in results.useless}
+        results.useless += [one for one in last.useless if one.sessions not in counts]
+        results.useless.sort(key=lambda one: one.sessions)
     if "throughput" in kept:
         results.unavailable = {**last.unavailable, **results.unavailable}
     return results
