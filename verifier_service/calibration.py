@@ -229,6 +229,11 @@ class SessionCalibration:
         floor = self.apply(0.0) == ESTIMATE_FLOOR
         return floor and not self._trust.rising and not self._shared.trust.rising
 
+    @property
+    def hopeful(self) -> bool:
+        """True while the source's last guesses, in whichever session, were better than believed."""
+        return self._shared.trust.rising
+
     def _ratio(self) -> float:
         return self._trust.ratio(self._shared.ratio(), self._PRIOR_WEIGHT)
 
@@ -254,6 +259,8 @@ class Calibrations:
         self.pay_min = 0.0
         """Least path probability of the best guess at which the last step would have verified any;
         set by whoever plans steps. Drafts that promise less are looked at only to score them."""
+        self.rows = 1
+        """Sessions that decoded in the last step; set likewise."""
         self._sources: OrderedDict[tuple[int, int], SourceCalibration] = OrderedDict()
 
     def of_session(self, connection: int, source: int) -> SessionCalibration:

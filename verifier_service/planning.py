@@ -105,6 +105,7 @@ class Planner:
         )
         # What could not pay now is not even read when it arrives.
         self._calibrations.pay_min = choice.pay_min
+        self._calibrations.rows = len(decoding)
         plans = []
         for seat, nodes in zip(decoding, choice.nodes, strict=True):
             try:

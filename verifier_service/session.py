@@ -20,10 +20,13 @@ _HOPELESS_NODES_MAX = 2
 """Nodes that are looked at of a draft none of whose nodes can pay: enough to score its source, and
 few enough to cost next to nothing when every session gets such drafts after every step."""
 
-_PASSED_OVER = 7
+_PASSED_OVER_MIN = 7
+_PASSED_OVER_PER_ROW = 2
 """Drafts of a hopeless source that are not even read for each one that is: reading a full tree
-takes the cores a third of a millisecond, which is all that such a source can still cost. The first
-right guess ends it, so that honesty is noticed eight steps later at worst."""
+takes the cores a third of a millisecond, which is all that such a source can still cost. The more
+rows a step has, the more are passed over, so that a source's drafts for all of them together are
+read in every other step. The first right guess in any session ends it for all, so that honesty is
+noticed as soon whatever their number."""
 
 
 class Session:
@@ -103,7 +106,8 @@ class Session:
                 self._dropped_nodes[reason] += count
         self._learn(merge.shadow)
         if first is not None and self._calibration(source).hopeless:
-            self._passing_over[source] = _PASSED_OVER
+            rows = self._calibrations.rows
+            self._passing_over[source] = max(_PASSED_OVER_MIN, _PASSED_OVER_PER_ROW * rows - 1)
 
     def passes_over(self, source: int) -> bool:
         """Asked before a draft is read: True if it shall be dropped as it is.
@@ -111,7 +115,7 @@ class Session:
         Called from the thread that receives drafts, at any time: it touches nothing else.
         """
         left = self._passing_over.get(source, 0)
-        if not left:
+        if not left or self._calibration_of[source].hopeful:
             return False
         self._passing_over[source] = left - 1
         self.drop_unread("hopeless")

@@ -155,6 +155,7 @@ class Simulation:
             nodes_max=256,
         )
         self.calibrations.pay_min = choice.pay_min
+        self.calibrations.rows = self._rows
         count = sum(len(nodes) for nodes in choice.nodes)
         true_s = self._cost_s(self._rows + count)
         # What is measured is noisy; what is compared is not.
@@ -235,17 +236,33 @@ def test_a_liars_trees_are_not_grafted() -> None:
         assert hopeless == received - 2 * received // 256
 
 
-def test_seven_of_eight_of_a_liars_drafts_are_not_even_read() -> None:
-    simulation = Simulation(8, steep_s)
+@pytest.mark.parametrize(("rows", "unread_each"), [(1, 7), (4, 7), (8, 15), (32, 63)])
+def test_most_of_a_liars_drafts_are_not_even_read(rows: int, unread_each: int) -> None:
+    """The more rows share a step, the fewer of each: they all tell of the same source."""
+    simulation = Simulation(rows, steep_s)
     simulation.run(3.0, Liar())
     before = [session.counters() for session in simulation.sessions]
-    simulation.run(2.0, Liar())
+    simulation.run(4.0, Liar())
+    read = unread = 0
     for session, old in zip(simulation.sessions, before, strict=True):
         new = session.counters()
-        unread = new.dropped_drafts["hopeless"] - old.dropped_drafts["hopeless"]
-        read = (new.received_draft_tokens - old.received_draft_tokens) // 256
-        assert read >= 1
-        assert unread == pytest.approx(7 * read, abs=7)
+        unread += new.dropped_drafts["hopeless"] - old.dropped_drafts["hopeless"]
+        read += (new.received_draft_tokens - old.received_draft_tokens) // 256
+    assert read >= 1
+    assert unread == pytest.approx(unread_each * read, abs=unread_each * rows)
+    assert unread >= 0.8 * unread_each / (1 + unread_each) * (unread + read)
+
+
+def test_a_right_guess_in_one_session_ends_it_for_all() -> None:
+    simulation = Simulation(16, steep_s)
+    simulation.run(3.0, Liar())
+    first, *others = simulation.sessions
+    while first.passes_over(1):
+        pass
+    assert sum(session.passes_over(1) for session in others) > 8
+    first.merge(draft_of(first, [target(0, len(first.log))], [-1], 0.9), 1)
+    simulation.run(0.001)  # One step, which commits what was guessed.
+    assert not any(session.passes_over(1) for session in simulation.sessions)
 
 
 def test_every_draft_is_read_again_once_a_guess_was_right() -> None:
