@@ -16,9 +16,10 @@ from orchestrator.http.metrics import NAMES, PREFIX, Exposition
 from orchestrator.scaling import reading
 from orchestrator.workers import LinkState
 from outrider.domain import FinishReason
-from tests.support.manifests import ROOT, resources
+from tests.support.manifests import KUBERNETES, ROOT, resources
 
 DASHBOARDS = ROOT / "deploy" / "dashboards"
+ADAPTER = KUBERNETES / "components" / "hpa" / "adapter.yaml"
 ADDED = {"namespace", "le"}
 """Labels that Prometheus' operator puts on, and those of histograms."""
 _METRIC = re.compile(r"\boutrider_[a-z_]+")
@@ -41,6 +42,10 @@ def expressions() -> Iterator[tuple[str, str]]:
     for scaled in resources("keda", "ScaledObject"):
         for trigger in scaled["spec"]["triggers"]:
             yield scaled["metadata"]["name"], trigger["metadata"]["query"]
+    for rule in yaml.safe_load(ADAPTER.read_text())["rules"]["external"]:
+        yield rule["name"]["as"], rule["seriesQuery"]
+        # Which the adapter puts the namespace into.
+        yield rule["name"]["as"], rule["metricsQuery"].replace("<<.LabelMatchers>>", "namespace=''")
 
 
 async def exported() -> dict[str, set[str]]:

@@ -23,6 +23,7 @@ from tests.support.manifests import (
 )
 
 SERVICES = ("verifier", "drafter", "orchestrator")
+AUTOSCALERS = ("ScaledObject", "HorizontalPodAutoscaler")
 DRAIN_DEFAULT_S = 10.0
 (OPEN,) = re.findall(r"^_OPEN = (.*)$", (ROOT / "orchestrator/http/app.py").read_text(), re.M)
 """Routes that need no key. Read off the source, as imports take seconds."""
@@ -168,7 +169,7 @@ def test_roles_are_the_least(overlay: str) -> None:
 
 def test_replicas_are_left_to_whoever_sizes_the_fleets(overlay: str) -> None:
     """Else each apply would set them back."""
-    sized = {each["spec"]["scaleTargetRef"]["name"] for each in resources(overlay, "ScaledObject")}
+    sized = {each["spec"]["scaleTargetRef"]["name"] for each in resources(overlay, *AUTOSCALERS)}
     for workload in workloads(overlay, "Deployment"):
         if workload.name == "outrider-controller":
             sized |= {"outrider-orchestrator", "outrider-verifier", "outrider-drafter"}
