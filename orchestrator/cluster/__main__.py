@@ -43,20 +43,20 @@ def _fleet_options(command: F) -> F:
                 type=click.IntRange(min=0),
                 default=limits.ceiling,
                 show_default=True,
-                help=f"Most {name}.",
+                help=f"Most {name} that there may be.",
             ),
             click.option(
                 f"--{name}-floor",
                 type=click.IntRange(min=0),
                 default=limits.floor,
                 show_default=True,
-                help=f"Fewest {name}.",
+                help=f"Fewest {name}, whatever is measured.",
             ),
             click.option(
                 f"--{name}",
                 default=workload,
                 show_default=True,
-                help=f"What to scale; '' leaves the {name} alone.",
+                help=f"Workload of the {name}, KIND/NAME; '' leaves them alone.",
             ),
         ):
             command = option(command)
@@ -104,26 +104,59 @@ def _fleet_options(command: F) -> F:
     show_default=True,
     help="Seconds within which 95% of the sessions shall be taken by a verifier.",
 )
-@click.option("--kv-goal", type=_SHARE, default=_POLICY.verifiers.kv_share, show_default=True)
 @click.option(
-    "--occupancy-goal", type=_SHARE, default=_POLICY.verifiers.occupancy, show_default=True
+    "--kv-goal",
+    type=_SHARE,
+    default=_POLICY.verifiers.kv_share,
+    show_default=True,
+    help="Share of the verifiers' KV in use, above which there should be more of them.",
 )
-@click.option("--verifier-price", type=click.FloatRange(min=0), help="Per hour, any currency.")
-@click.option("--drafter-price", type=click.FloatRange(min=0), help="Per hour, same currency.")
+@click.option(
+    "--occupancy-goal",
+    type=_SHARE,
+    default=_POLICY.verifiers.occupancy,
+    show_default=True,
+    help="Likewise, sessions over the sessions that verifiers take (their --sessions-max).",
+)
+@click.option(
+    "--verifier-price",
+    type=click.FloatRange(min=0),
+    help="Of a verifier per hour, any currency. With both prices there are as many drafters as"
+    " make tokens cheapest; without, the fewest that are nearly as fast as any number.",
+)
+@click.option(
+    "--drafter-price",
+    type=click.FloatRange(min=0),
+    help="Of a drafter per hour, same currency.",
+)
 @click.option(
     "--step-nodes-max",
     type=click.IntRange(min=1),
     default=_POLICY.drafters.step_nodes_max,
     show_default=True,
-    help="As the verifiers have it.",
+    help="Guesses that a verify step takes at most; as the verifiers have it.",
 )
 @click.option("--dry-run", is_flag=True, help="Say what would be done, and why; write nothing.")
-@click.option("--name", help="Of this replica, such as its pod's.  [default: random]")
+@click.option("--name", help="This replica's in the Lease, such as its pod's.  [default: random]")
 @click.option(
-    "--lease", default="outrider-controller", show_default=True, help="Name of the Lease."
+    "--lease",
+    default="outrider-controller",
+    show_default=True,
+    help="Name of the Lease by which replicas settle who leads.",
 )
-@click.option("--host", default="127.0.0.1", show_default=True, help="Serve probes and metrics.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8081, show_default=True)
+@click.option(
+    "--host",
+    default="127.0.0.1",
+    show_default=True,
+    help="Where probes, metrics and decisions are served.",
+)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8081,
+    show_default=True,
+    help="Likewise; 0 picks a free one.",
+)
 @click.option("--metrics-key", type=_FILE, help="File with an API key of the orchestrators.")
 @click.option("--metrics-ca", type=_FILE, help="Authority of their HTTPS certificates; PEM.")
 @click.option("--metrics-server-name", help="Name in those certificates.")

@@ -209,6 +209,12 @@ def test_a_value_that_an_option_does_not_take_is_found() -> None:
         check(verifier, {"OUTRIDER_VERIFIER_DTYPE": "bf16"})
 
 
+@pytest.mark.parametrize("command", [*COMMANDS.values(), controller], ids=lambda each: each.name)
+def test_every_option_says_what_it_is_for(command: click.Command) -> None:
+    given = [each for each in command.params if isinstance(each, click.Option)]
+    assert [each.name for each in given if not each.help and not each.hidden] == []
+
+
 def _workload(overlay: str, role: str) -> Workload:
     (workload,) = [one for one in workloads(overlay) if one.name == f"outrider-{role}"]
     return workload
