@@ -29,7 +29,7 @@ from orchestrator.planner.drafter_choice import DrafterChoice, Prices
 from orchestrator.planner.scenario import TreeScenario
 from orchestrator.scaling import reading
 from orchestrator.scaling.pacing import Limits
-from orchestrator.scaling.policy import PolicyConfig
+from orchestrator.scaling.policy import Memory, PolicyConfig
 from orchestrator.scaling.reading import Scrape, read_signals
 from orchestrator.scaling.signals import FleetName
 from tests.support.api_clusters import FakeCluster, test_cluster
@@ -328,6 +328,64 @@ async def test_the_api_server_is_away_for_a_while(there: FakeCluster) -> None:
             await running.controller.election.attempt()
             await running.controller.round()
             assert (await replicas(there))[0] == 3
+
+
+async def test_who_leads_again_remembers_nothing_of_before(there: FakeCluster) -> None:
+    """Another leader has changed things meanwhile, and its reasons are not known here."""
+    async with doors(Door()) as opened:
+        await list_doors(there, opened)
+        async with controller(there, opened) as running:
+            await running.controller.election.attempt()
+            await running.controller.round()
+            assert running.controller._memory.paces
+            assert running.controller._before
+            running.clock.ahead_s += 60.0
+            assert not running.controller.election.leads
+            await running.controller.round()
+            assert running.controller._memory == Memory()
+            assert not running.controller._before
+
+
+async def test_refusals_since_the_last_look_ask_for_more(there: FakeCluster) -> None:
+    async with doors(Door(sessions=10)) as opened:
+        await list_doors(there, opened)
+        async with controller(there, opened) as running:
+            counted = "# TYPE outrider_requests counter\n"
+            counted += 'outrider_requests_total{outcome="exhausted"} '
+            await running.controller.election.attempt()
+            opened[0].text = opened[0]._metrics() + counted + "1000\n"
+            await running.controller.round()
+            assert (await replicas(there))[0] == 2, "nobody knows since when"
+            opened[0].text = opened[0]._metrics() + counted + "1080\n"
+            await running.controller.round()
+            assert (await replicas(there))[0] == 4
+
+
+async def test_a_round_that_fails_is_not_the_last(
+    there: FakeCluster, caplog: pytest.LogCaptureFixture
+) -> None:
+    async with doors(Door(sessions=120)) as opened:
+        await list_doors(there, opened)
+        async with controller(there, opened, interval_s=0.01) as running:
+            failures = [ValueError("a defect"), ClusterUnavailable("away")]
+
+            def failing(scenario: TreeScenario, prices: Prices | None) -> DrafterChoice:
+                if failures:
+                    raise failures.pop()
+                return planner(scenario, prices)
+
+            running.controller.planner = failing
+            await running.controller.election.attempt()
+            rounds = asyncio.create_task(running.controller.run())
+            try:
+                async with asyncio.timeout(DEADLINE_S):
+                    while running.controller.status.writes < 2:  # noqa: ASYNC110
+                        await asyncio.sleep(0.005)
+            finally:
+                rounds.cancel()
+            assert running.controller.status.faults == 2
+            assert await replicas(there) == (3, 4)
+    assert "a defect" in caplog.text
 
 
 async def test_nonsense_from_an_orchestrator_is_not_taken(there: FakeCluster) -> None:

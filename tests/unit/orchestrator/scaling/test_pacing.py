@@ -71,6 +71,14 @@ def test_what_is_in_use_is_kept() -> None:
     assert "what is in use needs 7" in paced.reasons
 
 
+def test_bounds_are_given_as_reasons() -> None:
+    paced = pace(LIMITS, PaceMemory(), current=100, wanted=500, now_s=0.0)
+    assert paced.replicas == 100
+    assert paced.reasons == ("500 wanted, the ceiling is 100",)
+    paced = pace(LIMITS, PaceMemory(), current=1, wanted=0, now_s=0.0)
+    assert paced.reasons == ("0 wanted, the floor is 1",)
+
+
 @given(
     wishes=st.lists(st.integers(-5, 500), min_size=1, max_size=60),
     floor=st.integers(0, 10),

@@ -14,7 +14,13 @@ from orchestrator.planner.tree_simulation import TreeScenario
 from orchestrator.scaling.drafters import DrafterMemory, Mode
 from orchestrator.scaling.pacing import Limits
 from orchestrator.scaling.policy import DEFAULT_LIMITS, Memory, PolicyConfig, decide
-from orchestrator.scaling.signals import FleetName
+from orchestrator.scaling.signals import (
+    DrafterSignals,
+    FleetName,
+    OrchestratorSignals,
+    Signals,
+    VerifierSignals,
+)
 from outrider.errors import ConfigError
 from tests.support.fleet_plant import (
     EACH_VERIFIER,
@@ -137,6 +143,22 @@ def test_an_orchestrator_that_cannot_be_asked_holds_everything() -> None:
     )
     assert [decision.replicas for decision in decisions] == [1, 3]
     assert memory is fleets.memory
+
+
+def test_nothing_shrinks_on_a_look_that_others_have_come_since() -> None:
+    """Half a minute old is good enough to grow on, and too old to take room away."""
+    quick = Limits(floor=1, ceiling=9, down_window_s=0.0, down_share=1.0, tolerance=0.0)
+    policy = config(verifiers=quick)
+    for sessions, wanted, fresh, late in ((48, 1, 1, 3), (240, 5, 5, 5)):
+        verifiers = VerifierSignals(ready=3, sessions=sessions, sessions_max=3 * EACH_VERIFIER)
+        orchestrators = OrchestratorSignals(ready=1, sessions=sessions, sessions_max=1_024)
+        signals = Signals(0.0, orchestrators, verifiers, DrafterSignals(0, 0, 0))
+        for now_s, replicas in ((1.0, fresh), (30.0, late)):
+            # Whoever has just begun takes nothing, so it has looked before.
+            _, memory = decide(policy, Memory(), {VERIFIERS: 3}, signals, 0.0, no_planner)
+            (decision,), _ = decide(policy, memory, {VERIFIERS: 3}, signals, now_s, no_planner)
+            assert decision.wanted == wanted
+            assert decision.replicas == replicas
 
 
 def test_a_floor_holds_even_when_nothing_is_known() -> None:
