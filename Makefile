@@ -9,16 +9,20 @@ BIN := .venv/bin
 PROTOS := $(wildcard proto/outrider/v1/*.proto)
 GENERATED := outrider/v1/types_pb2.py
 VERSION := $(shell sed -n 's/^__version__ = "\(.*\)"/\1/p' outrider/__init__.py)
-# What images are called and which accelerator they are for: cpu or cuda.
+# What images are called, which accelerator they are for (cpu or cuda), who builds them (docker,
+# buildah or podman; whichever is there), and what else to tell it: a proxy, a package index of
+# your own.
 IMAGES ?= outrider
 ACCELERATOR ?= cpu
+BUILDER ?=
+BUILD_ARGS ?=
 
 export PIP_DISABLE_PIP_VERSION_CHECK := 1
 export PIP_NO_INPUT := 1
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install proto format lint test node fuzz chaos demo serve bench bench-spec bench-load bench-smoke bench-page bench-verifier bench-pipeline bench-drafters bench-placement bench-http peers peer-vllm peer-llama-cpp peer-openvino images manifests deploy-local clean lock
+.PHONY: help install proto format lint test node fuzz chaos demo serve bench bench-spec bench-load bench-smoke bench-page bench-verifier bench-pipeline bench-drafters bench-placement bench-http peers peer-vllm peer-llama-cpp peer-openvino images image-test manifests deploy-local clean lock
 
 help: ## Show this list
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "  make %-14s %s\n", $$1, $$2 }' $(MAKEFILE_LIST)
@@ -130,15 +134,26 @@ peer-openvino: .peers/openvino/.installed ## OpenVINO GenAI
 	@touch $@
 
 images: ## Build the images with docker, buildah or podman (ACCELERATOR=cuda, IMAGES=registry/name)
-	@if docker info > /dev/null 2>&1; then builder=docker; \
-	else builder=$$(command -v buildah || command -v podman) || \
-	  { echo "make images needs docker (running), buildah or podman, and finds none"; exit 1; }; fi; \
+	@builder="$(BUILDER)"; \
+	if [ -z "$$builder" ] && docker info > /dev/null 2>&1; then builder=docker; fi; \
+	builder=$${builder:-$$(command -v buildah || command -v podman)} || \
+	  { echo "make images needs docker (running), buildah or podman, and finds none"; exit 1; }; \
 	for target in orchestrator drafter verifier; do \
 	  case $$target in orchestrator) tag=$(VERSION) ;; *) tag=$(VERSION)-$(ACCELERATOR) ;; esac; \
 	  echo "Building $(IMAGES)/$$target:$$tag"; \
-	  DOCKER_BUILDKIT=1 "$$builder" build -f deploy/Dockerfile --target $$target -t "$(IMAGES)/$$target:$$tag" \
-	    --build-arg ACCELERATOR=$(ACCELERATOR) $(if $(BASE),--build-arg BASE=$(BASE)) . || exit 1; \
+	  DOCKER_BUILDKIT=1 BUILDAH_FORMAT=docker "$$builder" build -f deploy/Dockerfile --target $$target -t "$(IMAGES)/$$target:$$tag" \
+	    --build-arg ACCELERATOR=$(ACCELERATOR) $(if $(BASE),--build-arg BASE=$(BASE)) \
+	    $(BUILD_ARGS) . || exit 1; \
 	done
+
+# With podman, which runs manifests without a cluster; buildah and it have one store of images.
+image-test: install ## Run the local overlay's pods as containers with podman, and ask them (MODEL=smollm2)
+	@if command -v podman > /dev/null; then \
+	  $(MAKE) --no-print-directory images IMAGES=outrider ACCELERATOR=cpu \
+	    BUILDER="$$(command -v buildah || command -v podman)"; \
+	else echo "make image-test needs podman, and skips its tests without"; fi
+	@$(BIN)/python -m pytest -q --containers $(if $(MODEL),--containers-model '$(MODEL)') \
+	  tests/deploy/test_containers.py
 
 manifests: install ## Render the Kubernetes overlays into build/manifests and check them
 	@mkdir -p build/manifests

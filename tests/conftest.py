@@ -18,6 +18,16 @@ def pytest_addoption(parser: pytest.Parser) -> None:
         default=200,
         help="clients at once that read nothing (tests/service/test_slow_readers.py)",
     )
+    parser.addoption(
+        "--containers",
+        action="store_true",
+        help="run the images' pods with podman (tests/deploy/test_containers.py)",
+    )
+    parser.addoption(
+        "--containers-model",
+        default="random:tiny?seed=1",
+        help="what they serve; '' for what the overlay names, which is fetched",
+    )
 
 
 @pytest.fixture
