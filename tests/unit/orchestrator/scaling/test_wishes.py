@@ -61,6 +61,17 @@ def test_verifiers_that_are_not_ready_do_not_count_as_room() -> None:
     assert (wish.wanted, wish.least) == (3, 5), "which ones go is not ours to choose"
 
 
+@pytest.mark.parametrize(
+    ("sessions", "kv_share", "least"), [(0, 0.6, 4), (144, 0.0, 4), (192, 0.3, 5), (0, None, 2)]
+)
+def test_what_is_in_use_is_sessions_or_kv_whichever_needs_more(
+    sessions: int, kv_share: float | None, least: int
+) -> None:
+    """One of five is not ready, and might be the one that stays."""
+    using = replace(VERIFIERS, sessions=sessions, kv_share=kv_share)
+    assert wanted_verifiers(VerifierGoals(), using, current=5).least == least
+
+
 def test_without_any_verifier_nothing_is_known() -> None:
     gone = VerifierSignals(ready=0, sessions=0, sessions_max=0)
     assert wanted_verifiers(VerifierGoals(), gone, current=4).wanted == 4
