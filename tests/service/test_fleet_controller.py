@@ -276,6 +276,16 @@ async def test_a_dry_run_explains_and_writes_nothing(
     assert {verb for verb, _, _ in there.server.asked} <= {"get", "list", "watch"}
 
 
+async def test_a_dry_run_scales_nothing_even_where_it_would_lead(there: FakeCluster) -> None:
+    async with doors(Door(sessions=120)) as opened:
+        await list_doors(there, opened)
+        async with controller(there, opened, dry_run=True) as running:
+            await running.controller.election.attempt()
+            await running.controller.round()
+            assert running.controller.election.leads
+            assert await replicas(there) == (2, 1)
+
+
 async def test_an_orchestrator_that_does_not_answer_holds_everything(there: FakeCluster) -> None:
     async with doors(Door(sessions=120), Door(sessions=0)) as opened:
         await list_doors(there, opened)
