@@ -220,7 +220,12 @@ class Containers:
             if "persistentVolumeClaim" in volume:
                 volume["persistentVolumeClaim"]["claimName"] += f"-{self.token}"
         names = [{"ip": ip, "hostnames": [name]} for name, ip in self.hosts().items()]
-        metadata = {"name": played.pod, "labels": dict(played.workload.labels)}
+        metadata = {
+            "name": played.pod,
+            "labels": dict(played.workload.labels),
+            # Else podman removes init containers that have ended, and sometimes before they have.
+            "annotations": {"io.podman.annotations.init.container.type": "always"},
+        }
         pod = {"apiVersion": "v1", "kind": "Pod", "metadata": metadata}
         return pod | {"spec": spec | {"hostAliases": names}}
 
