@@ -104,9 +104,19 @@ def _fleet_options(command: F) -> F:
     show_default=True,
     help="Seconds within which 95% of the sessions shall be taken by a verifier.",
 )
-@click.option("--kv-goal", type=_SHARE, default=_POLICY.verifiers.kv_share, show_default=True)
 @click.option(
-    "--occupancy-goal", type=_SHARE, default=_POLICY.verifiers.occupancy, show_default=True
+    "--kv-goal",
+    type=_SHARE,
+    default=_POLICY.verifiers.kv_share,
+    show_default=True,
+    help="Share of the verifiers' KV that may be in use; above it they become more.",
+)
+@click.option(
+    "--occupancy-goal",
+    type=_SHARE,
+    default=_POLICY.verifiers.occupancy,
+    show_default=True,
+    help="Likewise of the sessions that they take.",
 )
 @click.option("--verifier-price", type=click.FloatRange(min=0), help="Per hour, any currency.")
 @click.option("--drafter-price", type=click.FloatRange(min=0), help="Per hour, same currency.")
@@ -123,13 +133,28 @@ def _fleet_options(command: F) -> F:
     "--lease", default="outrider-controller", show_default=True, help="Name of the Lease."
 )
 @click.option("--host", default="127.0.0.1", show_default=True, help="Serve probes and metrics.")
-@click.option("--port", type=click.IntRange(0, 65535), default=8081, show_default=True)
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8081,
+    show_default=True,
+    help="Of these; 0 picks a free one.",
+)
 @click.option("--metrics-key", type=_FILE, help="File with an API key of the orchestrators.")
 @click.option("--metrics-ca", type=_FILE, help="Authority of their HTTPS certificates; PEM.")
 @click.option("--metrics-server-name", help="Name in those certificates.")
 @service_options("controller", traces=False)
 def command(**options: Any) -> None:
-    """Size the fleets on Kubernetes by what is measured; of several replicas one leads."""
+    """Size the fleets on Kubernetes by what is measured; of several replicas one leads.
+
+    Asks all orchestrators for their metrics, and sets how many replicas each fleet has: verifiers
+    by occupancy, KV and waiting, drafters by what they win for what they cost, orchestrators by
+    sessions, connections and processor time.
+
+    \b
+    What would it do?        outrider controller --discover kubernetes:NAMESPACE --dry-run
+    Drafters cost a tenth:   outrider controller --verifier-price 4 --drafter-price 0.4
+    """
     try:
         config = _config(options)
     except ConfigError as error:
