@@ -4,9 +4,11 @@
     python -m bench.http --events 6000 --window 10
 
 Added time to first token: the same request through both doors in turn, over connections that
-stand; the workers answer at once, so all of it is the orchestrator's and the client's. Events:
-commits come at a stated rate, each is an event of its own stream; what counts is what arrives,
-and what it costs of the orchestrator's core. The workers are those of `bench.relay`.
+stand; the workers answer at once, so all of it is the orchestrator's. Both clients are bare
+sockets, so that no client library is measured (what `outrider.client` takes is shown beside it),
+and the orchestrator logs what it logs by default. Events: commits come at a stated rate, each is
+an event of its own stream; what counts is what arrives, and what it costs of the orchestrator's
+core. The workers are those of `bench.relay`.
 """
 
 from __future__ import annotations
@@ -16,6 +18,8 @@ import json
 import os
 import platform
 import statistics
+import sys
+import tempfile
 import time
 from contextlib import aclosing
 from dataclasses import asdict, dataclass
@@ -26,6 +30,8 @@ from typing import Any
 import click
 import psutil
 
+from bench.machine import Origin, origin
+from bench.relaying.bare_call import BareCall
 from bench.relaying.control import Child
 from bench.relaying.fakes import COMMIT_TOKENS, MODEL, client_prompt
 from bench.relaying.fleet import Usage, free_port, relay_fleet
@@ -43,6 +49,8 @@ class Result:
 
     grpc_ttft_ms: float
     http_ttft_ms: float
+    client_ttft_ms: float
+    """Of `outrider.client`, over gRPC."""
     streams: int
     asked_events_per_s: float
     events_per_s: float
@@ -113,7 +121,17 @@ async def _http_ttft_s(port: int, client: int) -> float:
     return first_s - started_s
 
 
-async def _grpc_ttft_s(door: AsyncClient, client: int) -> float:
+async def _grpc_ttft_s(port: int, client: int) -> float:
+    call = (await asyncio.get_running_loop().create_connection(BareCall, "127.0.0.1", port))[1]
+    await call.ready
+    started_s = time.perf_counter()
+    call.ask(MODEL, client_prompt(client), _TOKENS_MAX, client)
+    first_s = await call.first_text
+    call.close()
+    return first_s - started_s
+
+
+async def _client_ttft_s(door: AsyncClient, client: int) -> float:
     request = Request(
         token_ids=tuple(client_prompt(client)),
         tokens_max=_TOKENS_MAX,
@@ -129,16 +147,22 @@ async def _grpc_ttft_s(door: AsyncClient, client: int) -> float:
     return time.perf_counter() - started_s
 
 
-async def _first_tokens(address: str, port: int, count: int) -> tuple[float, float]:
-    """Medians over gRPC and over HTTP, in milliseconds."""
-    grpc_s: list[float] = []
-    http_s: list[float] = []
-    async with AsyncClient(address) as door:
+async def _first_tokens(grpc_port: int, http_port: int, count: int) -> tuple[float, float, float]:
+    """Medians over gRPC, over HTTP, and of our own client, in milliseconds."""
+    times_s: list[tuple[float, float, float]] = []
+    async with AsyncClient(f"127.0.0.1:{grpc_port}") as door:
         for number in range(_WARM_UP + count):
-            grpc_s.append(await _grpc_ttft_s(door, number))
-            http_s.append(await _http_ttft_s(port, number))
-    medians = [statistics.median(times_s[_WARM_UP:]) * 1e3 for times_s in (grpc_s, http_s)]
-    return medians[0], medians[1]
+            times_s.append(
+                (
+                    await _grpc_ttft_s(grpc_port, number),
+                    await _http_ttft_s(http_port, number),
+                    await _client_ttft_s(door, number),
+                )
+            )
+    grpc_ms, http_ms, client_ms = (
+        statistics.median(column) * 1e3 for column in zip(*times_s[_WARM_UP:], strict=True)
+    )
+    return grpc_ms, http_ms, client_ms
 
 
 async def _events(
@@ -171,19 +195,28 @@ async def _events(
 )
 def main(requests: int, streams: int, events: float, window_s: float) -> None:
     """Measure what the HTTP door adds to gRPC, and how many events it writes."""
+    here = origin(["python", "-m", "bench.http", *sys.argv[1:]])
     _leave_the_first_core()
     port = free_port()
-    with relay_fleet(streams + 8, rows=8, channels=1, http_port=port) as (workers, _, process):
-        address = _grpc_address(process)
-        grpc_ms, http_ms = asyncio.run(_first_tokens(address, port, requests))
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        relay_fleet(
+            streams + 8,
+            rows=8,
+            channels=1,
+            http_port=port,
+            log_path=Path(folder) / "orchestrator.log",
+        ) as (workers, _, process),
+    ):
+        firsts_ms = asyncio.run(_first_tokens(_grpc_port(process), port, requests))
         arrived, share = asyncio.run(_events(port, streams, events, window_s, workers, process))
-    result = Result(grpc_ms, http_ms, streams, events, arrived, share)
-    _report(result)
+    result = Result(*firsts_ms, streams, events, arrived, share)
+    _report(here, result)
 
 
-def _grpc_address(process: psutil.Process) -> str:
+def _grpc_port(process: psutil.Process) -> int:
     arguments = process.cmdline()
-    return f"127.0.0.1:{arguments[arguments.index('--port') + 1]}"
+    return int(arguments[arguments.index("--port") + 1])
 
 
 def _leave_the_first_core() -> None:
@@ -194,10 +227,11 @@ def _leave_the_first_core() -> None:
             os.sched_setaffinity(0, cores[1:])
 
 
-def _report(result: Result) -> None:
+def _report(here: Origin, result: Result) -> None:
     print(
         f"time to first token, median: gRPC {result.grpc_ttft_ms:.2f} ms,"
-        f" HTTP {result.http_ttft_ms:.2f} ms"
+        f" HTTP {result.http_ttft_ms:.2f} ms (bare sockets);"
+        f" gRPC through outrider.client {result.client_ttft_ms:.2f} ms"
     )
     print(
         f"{result.streams} streams, {result.asked_events_per_s:.0f} events/s asked for:"
@@ -206,7 +240,7 @@ def _report(result: Result) -> None:
         f" {platform.machine()}, Python {platform.python_version()})"
     )
     RESULTS.mkdir(exist_ok=True)
-    data = {"unix_s": int(time.time()), "synthetic": True, **asdict(result)}
+    data = {"origin": asdict(here), "synthetic": True, **asdict(result)}
     (RESULTS / "http.json").write_text(json.dumps(data, indent=2) + "\n")
     print(
         f"result: http added_ttft_ms={result.added_ttft_ms:.2f}"

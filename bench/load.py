@@ -137,8 +137,20 @@ def _options(command: Any) -> Any:
             show_default=True,
             help="Seconds in which requests arrive, at each rate.",
         ),
-        click.option("--repeats", type=click.IntRange(1, 20), default=1, show_default=True),
-        click.option("--max-tokens", type=click.IntRange(2, 4096), default=48, show_default=True),
+        click.option(
+            "--repeats",
+            type=click.IntRange(1, 20),
+            default=1,
+            show_default=True,
+            help="Windows at each rate, each with other arrivals.",
+        ),
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(2, 4096),
+            default=48,
+            show_default=True,
+            help="Output tokens of each answer, at most.",
+        ),
         click.option(
             "--first-token-goal",
             "first_token_s",
@@ -198,9 +210,12 @@ def command(local: bool, tls: Tls | None, **options: Any) -> None:
             write_load(results, path)
     text = markdown(results)
     path.with_suffix(".md").write_text(text)
+    _draw(console, results, path.with_suffix(".png"))
+    if options["as_json"]:
+        click.echo(path.read_text(), nl=False)
+        return
     plain = Console(width=1_000, highlight=False)
     plain.print(text, markup=False)
-    _draw(console, results, path.with_suffix(".png"))
     plain.print(result_line(results), markup=False)
 
 

@@ -106,9 +106,27 @@ def between_markers(text: str, table: str) -> str:
 
 
 @click.command("page")
-@click.option("--results-dir", type=click.Path(path_type=Path, file_okay=False), default=RESULTS)
-@click.option("--docs", type=click.Path(path_type=Path, file_okay=False), default=Path("docs"))
-@click.option("--readme", type=click.Path(path_type=Path, dir_okay=False), default="README.md")
+@click.option(
+    "--results-dir",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=RESULTS,
+    show_default=True,
+    help="Where `outrider bench` has written its results.",
+)
+@click.option(
+    "--docs",
+    type=click.Path(path_type=Path, file_okay=False),
+    default=Path("docs"),
+    show_default=True,
+    help="Folder of the page and its plots.",
+)
+@click.option(
+    "--readme",
+    type=click.Path(path_type=Path, dir_okay=False),
+    default="README.md",
+    show_default=True,
+    help="File whose table, between two comments, is written anew.",
+)
 def command(results_dir: Path, docs: Path, readme: Path) -> None:
     """Write docs/benchmarks.md and README's table from the results that lie there."""
     sections = [_HEAD, "## Real models\n"]

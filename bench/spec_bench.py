@@ -68,8 +68,20 @@ def _options(command: Any) -> Any:
             show_default=True,
             help="Repeatable. Peers answer at 0 only.",
         ),
-        click.option("--max-tokens", type=click.IntRange(1, 4096), default=128, show_default=True),
-        click.option("--repeats", type=click.IntRange(1, 20), default=1, show_default=True),
+        click.option(
+            "--max-tokens",
+            type=click.IntRange(1, 4096),
+            default=128,
+            show_default=True,
+            help="Output tokens of each answer, at most.",
+        ),
+        click.option(
+            "--repeats",
+            type=click.IntRange(1, 20),
+            default=1,
+            show_default=True,
+            help="Times that each question is asked of each contender.",
+        ),
         click.option(
             "--limit-per-category",
             type=click.IntRange(1),
@@ -230,7 +242,7 @@ class _Bench:
             peers,
             unavailable,
         )
-        publish(results, path, self.console)
+        publish(results, path, self.console, as_json=self._options["as_json"])
 
     # --- what they need ---
 

@@ -159,7 +159,21 @@ def command(
     http: HttpConfig | None,
     **options: Any,
 ) -> None:
-    """Run an orchestrator: the front door; finds workers in Redis and by static addresses."""
+    """Run an orchestrator: the front door; finds workers in Redis and by static addresses.
+
+    Clients reach it by gRPC (--port) and by OpenAI's HTTP (--http-address), where metrics and the
+    live page are as well. Any number of orchestrators may share one Redis; each serves them all.
+
+    \b
+    Workers by address, no Redis:   outrider orchestrator --port 50050 --verifier gpu1:50051 \
+                                      --drafter cpu1:50052
+    Workers that Redis knows:       outrider orchestrator --port 50050 --redis redis://redis:6379
+    For others, with TLS and keys:  outrider orchestrator --http-address 0.0.0.0:8443 \
+                                      --http-cert door.pem --http-key door.key --api-keys keys.toml
+    A key for that file:            printf %s "$KEY" | sha256sum
+
+    Every option is an environment variable as well: OUTRIDER_ORCHESTRATOR_SESSIONS_MAX=64.
+    """
     config = OrchestratorConfig(
         name=name or f"orchestrator-{secrets.token_hex(4)}",
         driver=DriverConfig(

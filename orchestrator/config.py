@@ -82,7 +82,10 @@ class HttpConfig:
     """Neither keys nor TLS are insisted upon where others than this machine can connect."""
     vllm_metrics: bool = False
     """Also export metrics under vLLM's names."""
+    reload_s: float = 5.0
+    """How often is looked whether keys or certificates have changed."""
     connections_max: int = 4_096
+    """On others only health and metrics are served, so that a full door is not taken for dead."""
     header_bytes_max: int = 32 * 1024
     header_timeout_s: float = 10.0
     """In which a request's head must have come."""

@@ -437,7 +437,7 @@ class Driver:
             if running is None:
                 continue
             self._count(running, now_s, len(commit.tokens))
-            running.heard(now_s, commit_bytes, commit)
+            running.heard(now_s, commit_bytes, commit, report.sources)
             running.candidates = batch.candidates.get(number, b"")
             if running.trace is not None:
                 offset_s = link.clock_offset_s

@@ -79,6 +79,9 @@ class WorkerStatus:
     reason: str
     info: ModelInfo | None
     sessions: int
+    """Of this orchestrator."""
+    sessions_max: int
+    """That it takes, whosever they are; 0 until known."""
     incarnation: str
     step_s: float
     """Duration of a verifier's last step in seconds; 0 until known."""
@@ -415,6 +418,7 @@ class Fleet:
             reason=reason,
             info=link.info,
             sessions=len(link.sessions),
+            sessions_max=link.sessions_max,
             incarnation=link.incarnation,
             step_s=step.duration_s if step else 0.0,
             kv_tokens_used=step.kv_tokens_used if step else 0,

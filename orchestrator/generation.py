@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import AsyncIterator, Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import NamedTuple, TypeAlias
 
@@ -19,7 +19,7 @@ from orchestrator.prediction import Follower
 from orchestrator.prefix_memory import Prefix
 from orchestrator.session import Session, State
 from orchestrator.tracing import SessionTrace
-from outrider.domain import Commit, DraftBudget, ModelInfo
+from outrider.domain import TARGET_SOURCE, Commit, DraftBudget, ModelInfo
 from outrider.errors import OutriderError
 from outrider.serving.queues import Mailbox
 from outrider.serving.telemetry import Span
@@ -101,25 +101,29 @@ class Running:
     """When a verifier was last asked to take it."""
     end: str = "left"
     """How it ended: a finish reason, an error's kind, or that nobody wanted it any more."""
-    steps_by_tokens: dict[int, int] = field(default_factory=dict)
-    """Verify steps by the number of tokens that they committed."""
+    accepted_counts: dict[int, int] = field(default_factory=dict)
+    """Verify steps by how many of the guesses that they accepted were committed."""
 
-    def heard(self, now_s: float, commit_bytes: bytes, commit: Commit) -> None:
-        """Take note of a commit that arrived."""
+    def heard(
+        self, now_s: float, commit_bytes: bytes, commit: Commit, sources: Sequence[int]
+    ) -> None:
+        """Take note of a commit that arrived; `sources` tell whose guess each token was."""
         self.heard_s, self.commit_bytes = now_s, commit_bytes
         if commit.tokens:
             self.progress_s = now_s
             self.homeless_s = None
-            count = len(commit.tokens)
-            self.steps_by_tokens[count] = self.steps_by_tokens.get(count, 0) + 1
+            if commit.base_length == self.session.length:  # Else it is a repetition.
+                # Not one less than tokens: an answer may end in a guess.
+                count = len(sources) - sources.count(TARGET_SOURCE)
+                self.accepted_counts[count] = self.accepted_counts.get(count, 0) + 1
             if self.first_token_s is None:
                 self.first_token_s = now_s - self.generation.started_s
 
     @property
     def steps_by_accepted(self) -> tuple[int, ...]:
         """How many verify steps accepted 0, 1, 2, ... guesses."""
-        most = max(self.steps_by_tokens, default=1)
-        return tuple(self.steps_by_tokens.get(count, 0) for count in range(1, most + 1))
+        most = max(self.accepted_counts, default=0)
+        return tuple(self.accepted_counts.get(count, 0) for count in range(most + 1))
 
     @property
     def number(self) -> int:

@@ -22,6 +22,7 @@ import outrider
 from outrider.cli_distill import distill
 from outrider.cli_generation import chat, connection_options, generate
 from outrider.cli_top import table_console, top
+from outrider.cli_trace import trace
 from outrider.client import Client, Request
 from outrider.config import Tls
 from outrider.errors import OutriderError
@@ -78,6 +79,7 @@ main.add_command(generate)
 main.add_command(chat)
 main.add_command(top)
 main.add_command(distill)
+main.add_command(trace)
 
 
 @main.command()
@@ -166,30 +168,6 @@ def fetch(model: str, cache_dir: Path) -> None:
     logging.getLogger(__name__).debug("in %s", files)
 
 
-@main.group()
-def trace() -> None:
-    """Look at timelines that `outrider generate --trace FILE` has written."""
-
-
-@trace.command()
-@click.argument("file", type=click.Path(path_type=Path, dir_okay=False))
-@click.option(
-    "--output",
-    "-o",
-    type=click.Path(path_type=Path, dir_okay=False),
-    help="PNG, SVG or PDF.  [default: FILE with .png]",
-)
-@click.option("--begin", "begin_s", type=click.FloatRange(min=0), default=0.0, help="Seconds.")
-@click.option("--end", "end_s", type=click.FloatRange(min=0), help="Seconds.  [default: all]")
-def plot(file: Path, output: Path | None, begin_s: float, end_s: float | None) -> None:
-    """Draw the timeline in FILE: draft steps, flights, verify steps, waits, hits and misses."""
-    from outrider.trace_plot import draw_trace, read_trace
-
-    output = output or file.with_suffix(".png")
-    bars = draw_trace(read_trace(file), output, begin_s, end_s)
-    click.echo(f"{output}: {bars} bars")
-
-
 def local_options(command: F) -> F:
     """Add the options that describe a fleet on this machine."""
     options: tuple[Callable[[Any], Any], ...] = (
@@ -259,15 +237,49 @@ def local_config(port: int | None, **options: Any) -> LocalConfig:
 
 @main.command()
 @local_options
-@click.option("--port", type=click.IntRange(1, 65535), default=50050, show_default=True)
-@click.option("--http-port", type=click.IntRange(1, 65535), default=8080, show_default=True)
-def local(port: int, http_port: int, **options: Any) -> None:
-    """Run a whole fleet on this machine, each service its own process, until Ctrl-C."""
+@click.option(
+    "--port",
+    type=click.IntRange(1, 65535),
+    default=50050,
+    show_default=True,
+    help="Serve gRPC here, for `outrider chat` and outrider.client; this machine only.",
+)
+@click.option(
+    "--http-port",
+    type=click.IntRange(1, 65535),
+    default=8080,
+    show_default=True,
+    help="Serve OpenAI's HTTP, metrics and the live page here; this machine only.",
+)
+@click.option(
+    "--json", "as_json", is_flag=True, help="Print one JSON object once the fleet is ready."
+)
+def local(port: int, http_port: int, as_json: bool, **options: Any) -> None:
+    """Run a whole fleet on this machine, each service its own process, until Ctrl-C.
+
+    Redis, verifiers, drafters and an orchestrator, as on a cluster. The first start fetches the
+    model.
+
+    \b
+    Then, in another terminal:      outrider chat "Why is the sky blue?"
+    Or any OpenAI client:           base_url="http://127.0.0.1:8080/v1"
+    Or a browser:                   http://127.0.0.1:8080
+
+    \b
+    What speculation is worth:      outrider local --drafters 0, and compare
+    A drafter with a model:         outrider local --draft-model DIR --drafters 1
+    Something dies, text goes on:   outrider local --verifiers 2, and kill one
+    A second fleet beside it:       outrider local --port 50051 --http-port 8081
+    For a script:                   outrider local --json > ready.json
+    """
     from outrider.local import LocalFleet, wait_for_stop
 
     console = Console(stderr=True)
     config = local_config(port, http_port=http_port, **options)
     with LocalFleet(config, console) as fleet:
+        if as_json:
+            ready = {"grpc": fleet.endpoint, "http": fleet.http_url, "pids": fleet.pids}
+            click.echo(json.dumps({**ready, "log_dir": str(fleet.log_dir)}))
         console.print(
             f"ready on [bold]{fleet.endpoint}[/]; logs in {fleet.log_dir}", soft_wrap=True
         )
@@ -283,9 +295,23 @@ def local(port: int, http_port: int, **options: Any) -> None:
 
 @main.command()
 @local_options
-@click.option("--repeats", type=click.IntRange(1, 20), default=3, show_default=True)
+@click.option(
+    "--repeats",
+    type=click.IntRange(1, 20),
+    default=3,
+    show_default=True,
+    help="Runs of each kind, in turn; medians are compared.",
+)
 def demo(repeats: int, **options: Any) -> None:
-    """Answer a real prompt through a whole fleet, speculated and not, and compare."""
+    """Answer a real prompt through a whole fleet, speculated and not, and compare.
+
+    Starts the fleet, streams an answer with each token coloured by who guessed it, and stops the
+    fleet again. The last line is for scripts: speed-up, tau, and whether the ids were the same.
+
+    \b
+    Nothing to download:      outrider demo --model "random:llama?seed=1"
+    A model of your own:      outrider demo --model ./my-model --draft-model ./my-draft-model
+    """
     from outrider.demo import run_demo
 
     sys.exit(run_demo(local_config(None, **options), repeats=repeats))

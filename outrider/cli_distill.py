@@ -104,7 +104,13 @@ def distill() -> None:
     show_default=True,
     help="Conversations at a time.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Another one asks other things.",
+)
 @click.option("--process", type=click.IntRange(min=0), default=0, help="Which of --processes.")
 @click.option("--processes", type=click.IntRange(min=1), default=1, help="That share the work.")
 @_model_options
@@ -192,7 +198,13 @@ def generate(
     show_default=True,
     help="Share of --tokens, at the end, over which the learning rate falls to nothing.",
 )
-@click.option("--seed", type=click.IntRange(min=0), default=0, show_default=True)
+@click.option(
+    "--seed",
+    type=click.IntRange(min=0),
+    default=0,
+    show_default=True,
+    help="Order of the conversations.",
+)
 @click.option(
     "--score-every",
     "score_s",

@@ -108,8 +108,10 @@ def top(
 
     \b
     tau        tokens for each verify step, between two looks; 1 without speculation
-    accepted   guesses that were right, of those that were checked
+    accepted   guesses that were right, of those that were checked; a drafter's since the start
+    sessions   those of this orchestrator, and how many the worker takes in all
     step, kv   duration of a verifier's last step, and tokens of KV in use in it
+    waiting    admitted sessions that waited for room for their KV
 
     \b
     One look, for a program:    outrider top --json | jq .tau
@@ -187,17 +189,19 @@ def _frame(now: Look, said: Figures) -> Group:
         *("   tokens so far ", (str(state["completion_tokens"]), "bold")),
     )
     table = Table(
-        *("role", "address", "state", "model", "sessions", "step", "kv", "waiting", "reason"),
+        *("role", "address", "state", "model", "sessions", "accepted"),
+        *("step", "kv", "waiting", "reason"),
         box=None,
     )
     for worker in state["workers"]:
-        step_s = worker["step_s"]
+        step_s, drafted = worker["step_s"], worker["draft_tokens"]
         table.add_row(
             worker["role"],
             worker["address"],
             Text(worker["state"], style="green" if worker["state"] == "ready" else "red"),
             worker["model"] or "?",
-            str(worker["sessions"]),
+            f"{worker['sessions']}/{worker['sessions_max'] or _UNKNOWN}",
+            f"{worker['accepted_tokens'] / drafted:.0%}" if drafted else _UNKNOWN,
             f"{step_s * 1e3:.0f} ms" if step_s else _UNKNOWN,
             str(worker["kv_tokens_used"]) if step_s else _UNKNOWN,
             str(worker["waiting"]) if step_s else _UNKNOWN,

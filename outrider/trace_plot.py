@@ -1,13 +1,11 @@
-"""Draws a session's timeline from a trace that `outrider generate --trace` has written."""
+"""Draws a session's timeline."""
 
 from __future__ import annotations
 
-import json
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from outrider.errors import InvalidRequest
+from outrider.timeline import Timeline
 
 _COLOURS = {
     "verify step": "C0",
@@ -15,51 +13,6 @@ _COLOURS = {
     "draft": "C8",
     "commit": "C9",
 }
-
-
-@dataclass(frozen=True, slots=True)
-class Span:
-    """One bar: seconds from the session's beginning."""
-
-    lane: str
-    name: str
-    start_s: float
-    duration_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Mark:
-    """One instant, such as a hit, a miss, or a decision."""
-
-    name: str
-    at_s: float
-
-
-@dataclass(frozen=True, slots=True)
-class Timeline:
-    """What a trace holds."""
-
-    spans: tuple[Span, ...]
-    marks: tuple[Mark, ...]
-
-
-def read_trace(path: Path) -> Timeline:
-    """Read a trace. Raises `InvalidRequest` for a file that is none."""
-    try:
-        trace: Any = json.loads(path.read_bytes())
-        events = trace["traceEvents"]
-        lanes = {e["pid"]: e["args"]["name"] for e in events if e["ph"] == "M"}
-        spans = tuple(
-            Span(lanes[e["pid"]], e["name"], 1e-6 * e["ts"], 1e-6 * e["dur"])
-            for e in events
-            if e["ph"] == "X"
-        )
-        marks = tuple(Mark(e["name"], 1e-6 * e["ts"]) for e in events if e["ph"] == "i")
-    except OSError as error:
-        raise InvalidRequest("trace", f"cannot read {path}: {error.strerror}") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise InvalidRequest("trace", f"{path} is no trace of a session") from error
-    return Timeline(spans, marks)
 
 
 def draw_trace(timeline: Timeline, path: Path, begin_s: float, end_s: float | None) -> int:

@@ -92,10 +92,14 @@ def command(
 ) -> None:
     """Run a verifier: hosts the target model and judges guesses.
 
-    A model that is too large for one GPU is split over several by torchrun, which starts a
-    process for each:
+    \b
+    One that Redis knows:        outrider verifier --model ./my-model --redis redis://redis:6379
+    At a stated address:         outrider verifier --model smollm2 --port 50051
+    On a GPU, half the memory:   outrider verifier --model ./my-model --dtype bfloat16
+    Split over two GPUs:         torchrun --standalone --nproc-per-node 2 -m verifier_service \
+                                   --model ./my-model
 
-    torchrun --standalone --nproc-per-node 2 -m verifier_service --model ...
+    Every option is an environment variable as well: OUTRIDER_VERIFIER_SESSIONS_MAX=32.
     """
     config = VerifierConfig(
         worker_id=worker_id or f"verifier-{secrets.token_hex(4)}",

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import socket
 import subprocess
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -43,7 +43,7 @@ class Usage:
         )
 
 
-@contextmanager
+@contextlib.contextmanager
 def relay_fleet(
     sessions: int,
     *,
@@ -51,11 +51,12 @@ def relay_fleet(
     channels: int,
     profile: Path | None = None,
     http_port: int | None = None,
+    log_path: Path | None = None,
 ) -> Iterator[tuple[Child, Child, psutil.Process]]:
     """Workers, clients and an orchestrator between them, each on its cores.
 
     With `profile` the orchestrator is one that writes its profile there, with `http_port` it
-    serves HTTP, too.
+    serves HTTP, too. With `log_path` it logs there what it logs by default, else warnings only.
     """
     workers = Child(
         "bench.relaying.workers",
@@ -67,16 +68,20 @@ def relay_fleet(
     module = ["-m", "orchestrator"]
     if profile is not None:
         module = ["-m", "bench.relaying.profiled", str(profile), "--"]
-    process = subprocess.Popen(
-        [
-            *(sys.executable, *module, "--port", str(port), "--log-level", "warning"),
-            *(f"--verifier={address}" for address in addresses["verifiers"]),
-            *(f"--drafter={address}" for address in addresses["drafters"]),
-            *("--sessions-max", str(sessions), "--drain", "0"),
-            *("--http-address", f"127.0.0.1:{http_port}" if http_port else "off"),
-            *("--drafters-per-session", str(DRAFTERS)),
-        ]
-    )
+    with contextlib.ExitStack() as stack:
+        log = None if log_path is None else stack.enter_context(log_path.open("wb"))
+        process = subprocess.Popen(
+            [
+                *(sys.executable, *module, "--port", str(port)),
+                *("--log-level", "warning" if log is None else "info"),
+                *(f"--verifier={address}" for address in addresses["verifiers"]),
+                *(f"--drafter={address}" for address in addresses["drafters"]),
+                *("--sessions-max", str(sessions), "--drain", "0"),
+                *("--http-address", f"127.0.0.1:{http_port}" if http_port else "off"),
+                *("--drafters-per-session", str(DRAFTERS)),
+            ],
+            stderr=log,
+        )
     clients = Child(
         "bench.relaying.clients",
         *("--address", f"127.0.0.1:{port}", "--channels", str(channels)),

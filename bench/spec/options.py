@@ -37,9 +37,15 @@ def fleet_options(command: F) -> F:
         ),
         click.option("--model", default="smollm2", show_default=True, help="Target (--local)."),
         click.option(
-            "--dtype", type=click.Choice(get_args(Dtype)), default="bfloat16", show_default=True
+            "--dtype",
+            type=click.Choice(get_args(Dtype)),
+            default="bfloat16",
+            show_default=True,
+            help="Precision of models (--local).",
         ),
-        click.option("--device", default="cpu", show_default=True),
+        click.option(
+            "--device", default="cpu", show_default=True, help="Where models run (--local)."
+        ),
         click.option(
             "--drafter",
             "drafters",
@@ -53,6 +59,10 @@ def fleet_options(command: F) -> F:
             type=click.Path(path_type=Path, file_okay=False),
             default=RESULTS,
             show_default=True,
+            help="Where figures, tables and plots are written.",
+        ),
+        click.option(
+            "--json", "as_json", is_flag=True, help="Print the results as JSON instead of tables."
         ),
         cache_option,
     )

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from pathlib import Path
 
+import click
 from rich.console import Console
 
 from bench.spec.answers import Answer
@@ -26,15 +27,21 @@ def summaries_of(answers: Sequence[Answer]) -> tuple[Summary, ...]:
     return tuple(summary for summary in found if summary is not None)
 
 
-def publish(results: Results, path: Path, console: Console) -> None:
-    """Write JSON at `path`, tables and a plot beside it; tables and result line to the terminal."""
+def publish(results: Results, path: Path, console: Console, *, as_json: bool = False) -> None:
+    """Write JSON at `path`, tables and a plot beside it.
+
+    Tables and result line go to standard output, or with `as_json` the JSON instead.
+    """
     write_results(results, path)
     text = markdown(results)
     path.with_suffix(".md").write_text(text)
-    plain = Console(width=1_000, highlight=False)
-    plain.print(text, markup=False)
     if results.summaries:
         _draw(results, path.with_suffix(".png"), console)
+    if as_json:
+        click.echo(path.read_text(), nl=False)
+        return
+    plain = Console(width=1_000, highlight=False)
+    plain.print(text, markup=False)
     plain.print(result_line(results), markup=False)
 
 

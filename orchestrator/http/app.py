@@ -24,6 +24,7 @@ from orchestrator.http.errors import Refusal, refusal_of
 from orchestrator.http.keys import ANYBODY, Keyring, Limiter
 from orchestrator.http.metrics import Exposition
 from orchestrator.http.openapi import document
+from orchestrator.http.overview import overview
 from orchestrator.http.page import PAGE, PAGE_HEADERS
 from orchestrator.http.reading import read_chat, read_completion
 from orchestrator.http.schemas import ChatCompletionRequest, CompletionRequest
@@ -31,12 +32,14 @@ from orchestrator.http.writing import encode
 from orchestrator.jobs import model_named
 from orchestrator.takeover import Takeover
 from outrider.domain import PROTOCOL_VERSION, RULE_VERSION, ModelInfo
-from outrider.errors import Unavailable
+from outrider.errors import Exhausted, Unavailable
 from outrider.serving.origins import REQUEST_ID_KEY, answering, origin_of
 from outrider.serving.telemetry import Tracing
 
 _OPEN = frozenset({"/health", "/health/live", "/health/ready"})
 """Routes that need no key."""
+_ALWAYS = _OPEN | {"/metrics"}
+"""Routes that are served however many clients are connected."""
 _NAMING = (REQUEST_ID_KEY, "traceparent", "tracestate")
 """Headers that name a request."""
 
@@ -62,6 +65,7 @@ class Door:
         self.responses: Counter[tuple[str, int]] = Counter()
         """Answers by route and status."""
         self._started_s = int(time.time())
+        self._connections_max = config.connections_max
         self.connections: Callable[[], int] = lambda: 0
         """How many clients are connected; whoever listens says so."""
         exposition = Exposition(
@@ -154,7 +158,8 @@ class Door:
                 if status:
                     await _abort(scope, receive)
                 else:
-                    await _refuse(refusal, told)
+                    surplus = scope["state"].get("surplus", False)
+                    await _refuse(refusal, told, close=surplus)
             finally:
                 took_s = round(time.monotonic() - began_s, 6)
                 level = logging.INFO if generating else logging.DEBUG
@@ -163,6 +168,11 @@ class Door:
                 request.tell({"http.route": route, "http.response.status_code": status})
 
     def _let_in(self, scope: Scope, path: str) -> None:
+        if scope["state"].get("surplus") and path not in _ALWAYS:
+            raise Exhausted(
+                f"the orchestrator has {self._connections_max} connections, which is the most;"
+                " ask another replica, or try again later"
+            )
         scope["state"]["key"] = ANYBODY
         if self.keyring is not None and path not in _OPEN:
             authorization = dict(scope["headers"]).get(b"authorization", b"")
@@ -207,49 +217,22 @@ class Door:
         }
 
     async def _workers(self, request: Request) -> Response:
-        sources = {link.address: link.source for link in self._fleet.drafters.values()}
-        workers = [
-            {
-                "role": status.role,
-                "address": status.address,
-                "state": status.state,
-                "reason": status.reason,
-                "model": status.info.model if status.info else None,
-                "sessions": status.sessions,
-                "step_s": status.step_s,
-                "kv_tokens_used": status.kv_tokens_used,
-                "waiting": status.waiting,
-                "source": sources.get(status.address) if status.role == "drafter" else None,
-            }
-            for status in self._fleet.statuses()
-        ]
-        counters = self._driver.counters()
-        return _json(
-            {
-                "workers": workers,
-                "sessions": self._driver.load,
-                "rounds": counters.verify_steps,
-                "draft_tokens": counters.verified_draft_tokens,
-                "accepted_tokens": counters.accepted_draft_tokens,
-                "completion_tokens": self._driver.meters.completion_tokens,
-                "prediction_source": self._fleet.known_prediction_source,
-            }
-        )
+        return _json(overview(self._driver, self._fleet))
 
 
 def _json(value: Any) -> Response:
     return Response(encode(value), media_type="application/json")
 
 
-async def _refuse(refusal: Refusal, send: Send) -> None:
+async def _refuse(refusal: Refusal, send: Send, *, close: bool) -> None:
     body = encode(refusal.body).encode()
     headers = [
         ("content-type", "application/json"),
         ("content-length", str(len(body))),
         *refusal.headers,
     ]
-    if refusal.status in (408, 413):
-        headers.append(("connection", "close"))  # The rest of the body is not going to be read.
+    if close or refusal.status in (408, 413):  # The rest of such a body is not going to be read.
+        headers.append(("connection", "close"))
     raw = [(name.lower().encode(), value.encode("latin-1")) for name, value in headers]
     await send({"type": "http.response.start", "status": refusal.status, "headers": raw})
     await send({"type": "http.response.body", "body": body, "more_body": False})

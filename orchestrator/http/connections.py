@@ -12,6 +12,9 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 from orchestrator.config import HttpConfig
 
+SPARE_CONNECTIONS = 64
+"""Beyond the most, for probes and whoever scrapes metrics: a door that is full is not dead."""
+
 _log = logging.getLogger(__name__)
 
 
@@ -40,11 +43,17 @@ class Connection(HttpToolsProtocol):
         self._in_head = False
         self._stalled: asyncio.TimerHandle | None = None
         self._unread_bytes = 0
+        self._surplus = False
+        """It came when there were as many as are let in."""
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin."""
         super().connection_made(transport)
         transport.set_write_buffer_limits(high=self.limits.write_buffer_bytes)
+        self._surplus = len(self.connections) > self.limits.connections_max
+        if len(self.connections) > self.limits.connections_max + SPARE_CONNECTIONS:
+            transport.abort()
+            return
         connected = transport.get_extra_info("socket")
         connected.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, self.limits.send_buffer_bytes)
         self._await_head()
@@ -96,6 +105,7 @@ class Connection(HttpToolsProtocol):
         self._await_head()
         # Lets an answer break off so that it cannot be taken for a complete one.
         self.scope["state"]["abort"] = self.transport.abort
+        self.scope["state"]["surplus"] = self._surplus
 
     def on_url(self, url: bytes) -> None:
         """Collect a piece of the URL."""

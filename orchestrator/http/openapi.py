@@ -10,6 +10,12 @@ import outrider
 from orchestrator.http.schemas import ChatCompletionRequest, CompletionRequest
 
 _OBJECT: dict[str, Any] = {"type": "object"}
+_LAST_EVENT_ID = {
+    "name": "Last-Event-ID",
+    "in": "header",
+    "schema": {"type": "string"},
+    "description": "To resume a stream: the id of the last event that was received",
+}
 
 
 def document() -> dict[str, Any]:
@@ -51,8 +57,9 @@ def _errors(*statuses: int) -> dict[str, Any]:
     meanings = {
         400: "The request is wrong; param names the field",
         401: "A key is needed",
-        404: "There is no such model",
+        404: "There is no such model, or no such generation to resume",
         408: "The body did not come in time",
+        409: "The generation goes on elsewhere, or nobody serves its model any more",
         413: "The body is too large",
         415: "The body is no JSON",
         429: "No room now, or the key's limits are used up; see Retry-After",
@@ -78,13 +85,14 @@ def _post(summary: str, body: str, answer: str, name: str) -> dict[str, Any]:
         "post": {
             "operationId": name,
             "summary": summary,
+            "parameters": [_LAST_EVENT_ID],
             "requestBody": {
                 "required": True,
                 "content": {"application/json": {"schema": _ref(body)}},
             },
             "responses": {
                 "200": success,
-                **_errors(400, 401, 404, 408, 413, 415, 429, 503),
+                **_errors(400, 401, 404, 408, 409, 413, 415, 429, 503),
             },
         }
     }
@@ -115,7 +123,7 @@ def _paths() -> dict[str, Any]:
         **health,
         "/version": _get("Version", _json(_ref("Version"), "Versions"), 401, name="version"),
         "/metrics": _get("Prometheus metrics", text, 401, name="metrics"),
-        "/fleet": _get("Workers and load", _json(_OBJECT, "The fleet"), 401, name="fleet"),
+        "/fleet": _get("Workers and load", _json(_ref("Fleet"), "The fleet"), 401, name="fleet"),
         "/openapi.json": _get("This", _json(_OBJECT, "The document"), 401, name="openapi"),
         "/": _get("Live page", page, 401, name="page"),
     }
@@ -181,6 +189,22 @@ def _answers() -> dict[str, Any]:
     }
     error = {"message": text, "type": text, "param": maybe, "code": maybe}
     models = {"object": {"const": "list"}, "data": {"type": "array", "items": _ref("Model")}}
+    count_or_none = {"type": ["integer", "null"]}
+    worker = {
+        "role": {"enum": ["verifier", "drafter"]},
+        **dict.fromkeys(("address", "state", "reason"), text),
+        "model": maybe,
+        **dict.fromkeys(("sessions", "sessions_max", "kv_tokens_used", "waiting"), number),
+        "step_s": share,
+        "kv_used_ratio": {"type": ["number", "null"]},
+        **dict.fromkeys(("source", "draft_tokens", "accepted_tokens"), count_or_none),
+    }
+    counters = ("sessions", "sessions_max", "rounds", "draft_tokens", "accepted_tokens")
+    fleet = {
+        "workers": {"type": "array", "items": _object(*worker, **worker)},
+        **dict.fromkeys((*counters, "completion_tokens"), number),
+        "prediction_source": count_or_none,
+    }
     versions = {"version": text, "protocol_version": number, "rule_version": number}
     return {
         "Usage": usage,
@@ -189,6 +213,7 @@ def _answers() -> dict[str, Any]:
         "Model": _object(*card, **card),
         "Models": _object(*models, **models),
         "Health": _object("status", status=text),
+        "Fleet": _object(*fleet, **fleet),
         "Version": _object(*versions, **versions),
         "Error": _object("error", error=_object(*error, **error)),
     }

@@ -82,7 +82,7 @@ def http_options(command: Callable[..., Any]) -> Callable[..., Any]:
             type=click.IntRange(min=1),
             default=_DEFAULT.connections_max,
             show_default=True,
-            help="Connections at once; more are answered 503.",
+            help="Connections at once; on others only health and metrics are served.",
         ),
         click.option(
             "--http-body-max",

@@ -1,4 +1,4 @@
-"""The live page: one answer, put together of three files."""
+"""The live page: one answer, put together of its files."""
 
 from __future__ import annotations
 
@@ -15,7 +15,8 @@ def _hash(text: str) -> str:
     return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
 
 
-_STYLE, _SCRIPT = _read("page.css"), _read("page.js")
+# In this order: what the second one does at the end needs both.
+_STYLE, _SCRIPT = _read("page.css"), _read("page.js") + _read("page_fleet.js")
 
 PAGE = _read("page.html").replace("{style}", _STYLE).replace("{script}", _SCRIPT)
 """The page, as HTML."""

@@ -22,7 +22,6 @@ from outrider.serving.tls import is_loopback
 
 _KEEP_ALIVE_S = 30
 _GRACE_S = 1
-_RELOAD_S = 5.0
 
 _log = logging.getLogger(__name__)
 
@@ -44,7 +43,8 @@ class HttpServer:
         config = self._config
         # Its news of starting and stopping are ours to tell.
         logging.getLogger("uvicorn.error").setLevel(logging.WARNING)
-        self._reload()
+        self._load_keys()
+        self._load_certificate()
         listener = _listen(config.host, config.port)
         self._server = _Server(
             uvicorn.Config(
@@ -58,7 +58,6 @@ class HttpServer:
                 access_log=False,
                 server_header=False,
                 proxy_headers=False,
-                limit_concurrency=config.connections_max,
                 timeout_keep_alive=_KEEP_ALIVE_S,
                 timeout_graceful_shutdown=_GRACE_S,
                 ssl_certfile=config.certificate,
@@ -89,19 +88,23 @@ class HttpServer:
 
     async def _follow_files(self) -> None:
         while True:
-            await asyncio.sleep(_RELOAD_S)
-            try:
-                self._reload()
-            except ConfigError as error:
-                _log.error("%s; what was read before stays in force", error)
+            await asyncio.sleep(self._config.reload_s)
+            for load in (self._load_keys, self._load_certificate):
+                try:
+                    load()
+                except ConfigError as error:
+                    _log.error("%s; what was read before stays in force", error)
 
-    def _reload(self) -> None:
-        """Read keys and certificates that have changed. Raises `ConfigError`."""
-        config = self._config
-        if config.keys is not None and self._changed(config.keys):
-            self._door.keyring = Keyring.load(config.keys)
+    def _load_keys(self) -> None:
+        """Read keys that have changed. Raises `ConfigError`."""
+        path = self._config.keys
+        if path is not None and self._changed(path):
+            self._door.keyring = Keyring.load(path)
+
+    def _load_certificate(self) -> None:
+        """Read a certificate that has changed. Raises `ConfigError`."""
         if self._tls is not None and any([*map(self._changed, self._certificate_files())]):
-            _load_certificate(self._tls, config)
+            _load_certificate(self._tls, self._config)
 
     def _certificate_files(self) -> Iterator[Path]:
         return (path for path in (self._config.certificate, self._config.private_key) if path)

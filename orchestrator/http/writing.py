@@ -214,9 +214,11 @@ class Answer:
         if len(self._choices) != 1 or self._choices[0].ending is None:
             return None
         ending = self._choices[0].ending
-        counters, histogram = ending.finish.counters, ending.steps_by_accepted
-        steps, drafted = counters.verify_steps, counters.verified_draft_tokens
-        accepted = counters.accepted_draft_tokens
+        # Of the steps that were heard, so that the figures agree: a reader may check them.
+        histogram = ending.steps_by_accepted
+        steps = sum(histogram)
+        accepted = sum(right * count for right, count in enumerate(histogram))
+        drafted = max(accepted, ending.finish.counters.verified_draft_tokens)
         timeline = {"timeline": json.loads(ending.trace)} if ending.trace else {}
         return {
             **timeline,
@@ -224,7 +226,7 @@ class Answer:
                 "mean_acceptance_length": 1.0 + accepted / steps if steps else 1.0,
                 "draft_acceptance_rate": accepted / drafted if drafted else 0.0,
                 "acceptance_histogram": list(histogram),
-                "num_spec_steps": sum(histogram),
+                "num_spec_steps": steps,
                 "num_accepted_draft_tokens": accepted,
                 "num_draft_tokens": drafted,
                 "num_spec_tokens": max(0, len(histogram) - 1),

@@ -40,7 +40,13 @@ from outrider.errors import ConfigError
     help="Drafters.  [default: what makes tokens cheapest, or without prices the fewest that are"
     " within 3% of the fastest]",
 )
-@click.option("--drafters-per-session", type=click.IntRange(min=1), default=1, show_default=True)
+@click.option(
+    "--drafters-per-session",
+    type=click.IntRange(min=1),
+    default=1,
+    show_default=True,
+    help="Drafters that guess for one session at once.",
+)
 @click.option(
     "--tokens-per-s-min",
     type=click.FloatRange(min=0.0),
@@ -130,11 +136,41 @@ def _by_option(error: ConfigError) -> str:
 
 
 @click.command("simulate")
-@click.option("--verifiers", type=click.IntRange(min=1), default=1_000, show_default=True)
-@click.option("--drafters", type=click.IntRange(min=0), default=5_000, show_default=True)
-@click.option("--verifier-sessions-max", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--drafter-sessions-max", type=click.IntRange(min=1), default=64, show_default=True)
-@click.option("--drafters-per-session", type=click.IntRange(min=0), default=1, show_default=True)
+@click.option(
+    "--verifiers",
+    type=click.IntRange(min=1),
+    default=1_000,
+    show_default=True,
+    help="Verifier pods.",
+)
+@click.option(
+    "--drafters",
+    type=click.IntRange(min=0),
+    default=5_000,
+    show_default=True,
+    help="Drafter pods.",
+)
+@click.option(
+    "--verifier-sessions-max",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Sessions that a verifier takes at once.",
+)
+@click.option(
+    "--drafter-sessions-max",
+    type=click.IntRange(min=1),
+    default=64,
+    show_default=True,
+    help="Sessions that a drafter takes at once.",
+)
+@click.option(
+    "--drafters-per-session",
+    type=click.IntRange(min=0),
+    default=1,
+    show_default=True,
+    help="Drafters that guess for one session at once.",
+)
 @click.option(
     "--load",
     type=click.FloatRange(0.0, 1.0, min_open=True),
@@ -152,12 +188,14 @@ def _by_option(error: ConfigError) -> str:
     type=click.FloatRange(min=1.0),
     default=500.0,
     show_default=True,
+    help="Length of prompts, in the mean.",
 )
 @click.option(
     "--output-tokens-mean",
     type=click.FloatRange(min=1.0),
     default=300.0,
     show_default=True,
+    help="Length of answers, in the mean.",
 )
 @click.option(
     "--tokens-spread",
@@ -171,6 +209,7 @@ def _by_option(error: ConfigError) -> str:
     type=click.FloatRange(min=0.0, min_open=True),
     default=20_000.0,
     show_default=True,
+    help="Speed at which a verifier reads prompts.",
 )
 @click.option(
     "--deaths-per-hour",
@@ -212,12 +251,20 @@ def _by_option(error: ConfigError) -> str:
     type=click.IntRange(min=0),
     default=16,
     show_default=True,
-    help="Show placement so many of the least loaded pods of each fleet; 0 shows all, as the"
-    " product does, which is slow in large fleets.",
+    help="Show placement so many of the least loaded pods of each fleet; 0 shows all, which"
+    " is slow in large fleets.",
 )
 @figure_options
 def simulate(as_json: bool, **options: Any) -> None:
-    """Simulate a fleet under traffic, with the product's own placement; pods die and come back."""
+    """Simulate a fleet under traffic, with the product's own placement; pods die and come back.
+
+    Speeds come from a table of step-by-step simulations of the protocol, so it takes a while.
+
+    \b
+    A small fleet, half full:      outrider simulate --verifiers 8 --drafters 32 --load 0.5
+    Drafters farther away:         outrider simulate --rtt-ms 10
+    Is placement still balanced?   outrider simulate --json | jq .
+    """
     from orchestrator.planner.fleet_simulation import FleetScenario, Policies, simulate_fleet
     from orchestrator.planner.speed_table import GRID, build_speed_table
 

@@ -97,7 +97,13 @@ def figure_options(command: F) -> F:
             show_default=True,
             help="Draft nodes verified in one step.",
         ),
-        click.option("--seed", type=int, default=1, show_default=True),
+        click.option(
+            "--seed",
+            type=int,
+            default=1,
+            show_default=True,
+            help="Of the simulation; another one tells how far chance goes.",
+        ),
         click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table."),
     )
 

@@ -49,6 +49,7 @@ async def test_a_look_is_a_table_or_a_line_of_json() -> None:
         assert result.exit_code == 0, result.output
         assert "tokens so far 2" in result.stdout
         assert target.address in result.stdout
+        assert "0/100000" in result.stdout
         result = await top("--url", door.url, "--json", "--looks", "2", "--interval", "0.1")
         first, second = map(json.loads, result.stdout.splitlines())
         assert (first["completion_tokens"], first["tokens_per_s"]) == (2, None)

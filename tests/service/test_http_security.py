@@ -9,6 +9,7 @@ import json
 import socket
 import ssl
 from collections.abc import AsyncIterator, Iterable
+from contextlib import AsyncExitStack
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ import trustme
 
 from orchestrator.config import HttpConfig
 from orchestrator.http.app import Door
+from orchestrator.http.connections import SPARE_CONNECTIONS
 from orchestrator.http.keys import ApiKey, Keyring, Limiter, RateLimited
 from orchestrator.http.server import check_exposure
 from outrider.domain import SessionSpec
@@ -259,6 +261,38 @@ async def test_heads_are_bounded_in_size_and_time() -> None:
             assert not answered or answered.startswith(b"HTTP/1.1 400"), answered[:100]
 
 
+async def test_a_full_door_is_not_dead() -> None:
+    """Idle clients may keep others out, but not have the orchestrator taken for dead."""
+    async with (
+        serving(connections_max=2, header_timeout_s=30.0) as (door, _),
+        AsyncExitStack() as idle,
+    ):
+        host, port = door.url.removeprefix("http://").split(":")
+
+        async def come() -> asyncio.StreamReader:
+            reader, writer = await asyncio.open_connection(host, int(port))
+            idle.callback(writer.close)
+            return reader
+
+        for _ in range(2):
+            await come()
+        for path in ("/health/live", "/health/ready", "/metrics"):
+            assert (await door.client.get(path)).status_code == 200, path
+        refused = await door.client.post(COMPLETE, json=BODY)
+        assert refused.status_code == 429
+        assert refused.headers["retry-after"]
+        assert refused.headers["connection"] == "close"
+        assert "2 connections" in refused.json()["error"]["message"]
+        assert "outrider_connections 3.0" in (await door.client.get("/metrics")).text
+        # There is an end to it: these do not even get an answer.
+        surplus = [await come() for _ in range(SPARE_CONNECTIONS + 2)]
+        with contextlib.suppress(ConnectionError):
+            assert await asyncio.wait_for(surplus[-1].read(), 10) == b""
+
+    async with serving(connections_max=2) as (door, _):
+        assert (await door.client.post(COMPLETE, json=BODY)).status_code == 200
+
+
 async def test_a_client_that_reads_nothing_is_given_up() -> None:
     def flood(spec: SessionSpec) -> Iterable[verifier_pb2.VerifyResponse]:
         yield opened(spec)
@@ -333,6 +367,46 @@ async def test_tls(tmp_path: Path) -> None:
                 await doubting.get(door.url + "/health")
         with pytest.raises(httpx.HTTPError):
             await door.client.get(door.url.replace("https", "http") + "/health")
+
+
+async def test_new_keys_and_certificates_are_taken_up(tmp_path: Path) -> None:
+    """Each by itself: keys that are broken or gone do not keep a certificate from being renewed."""
+    first, second = trustme.CA(), trustme.CA()
+    certificate, key, keys = tmp_path / "cert.pem", tmp_path / "key.pem", key_file(tmp_path)
+
+    def issue(authority: trustme.CA) -> ssl.SSLContext:
+        issued = authority.issue_cert("127.0.0.1")
+        certificate.write_bytes(b"".join(blob.bytes() for blob in issued.cert_chain_pems))
+        issued.private_key_pem.write_to_path(key)
+        trusting = ssl.create_default_context()
+        authority.configure_trust(trusting)
+        return trusting
+
+    settings = {"certificate": certificate, "private_key": key, "keys": keys, "reload_s": 0.02}
+    async with serving(verify=issue(first), **settings) as (door, _):
+
+        async def answers(trusting: ssl.SSLContext, secret: str) -> int:
+            async with httpx.AsyncClient(base_url=door.url, verify=trusting) as client:
+                return (await client.get("/version", headers=bearer(secret))).status_code
+
+        assert (await door.client.get("/version", headers=bearer(KEY))).status_code == 200
+        keys.write_text(keys.read_text().replace(hashlib.sha256(KEY.encode()).hexdigest(), "oops"))
+        renewed = issue(second)
+
+        async def served_with_the_new_one() -> bool:
+            with contextlib.suppress(httpx.ConnectError):
+                return await answers(renewed, KEY) == 200  # The old keys stay in force.
+            return False
+
+        await until(served_with_the_new_one, what="the new certificate is shown")
+        other = hashlib.sha256(b"sk-new").hexdigest()
+        keys.write_text(f'[keys.bob]\nsha256 = "{other}"\n')
+
+        async def served_by_the_new_key() -> bool:
+            return await answers(renewed, "sk-new") == 200
+
+        await until(served_by_the_new_key, what="the new key is known")
+        assert await answers(renewed, KEY) == 401
 
 
 async def test_a_certificate_that_is_none_is_refused(tmp_path: Path) -> None:

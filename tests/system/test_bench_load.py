@@ -38,6 +38,19 @@ async def test_both_sides_serve_the_same_arrivals(tmp_path: Path) -> None:
     assert (tmp_path / "load.md").exists()
 
 
+async def test_results_may_be_printed_as_json(tmp_path: Path) -> None:
+    async with (
+        verifier(load(TARGET)) as target,
+        orchestrator([target.address]) as fleet,
+    ):
+        arguments = ["--endpoint", fleet.address, "--rates", "5", "--window", "0.3", "--json"]
+        arguments += ["--max-tokens", "4", "--results-dir", str(tmp_path)]
+        answer = await asyncio.to_thread(
+            CliRunner().invoke, command, arguments, catch_exceptions=False
+        )
+    assert json.loads(answer.stdout) == json.loads((tmp_path / "load.json").read_text())
+
+
 async def test_who_waits_for_a_slot_has_waited_since_the_arrival() -> None:
     async with (
         verifier(load(TARGET)) as target,

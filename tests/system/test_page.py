@@ -34,7 +34,11 @@ UNHURRIED = EngineConfig(warm_up=False, step_delay_s=0.02)
 SCREENSHOTS = os.environ.get("OUTRIDER_SCREENSHOTS")
 KEY = "lettersAndDigits123"
 PROMPT = "def add(a, b):\n    return a + b\n\n\ndef subtract(a, b):\n"
-TEXTS = "#status, nav a, h1, dt, dd, label, small, #summary, #go, .guess, #legend button, th, td"
+COUNTING = "one two three four five six, one two three four five six, one two"
+TEXTS = (
+    "#status, nav a, h1, dt, dd, label, small, #summary, #go, #other, #times, #verdict, .guess,"
+    " #legend button, th, td"
+)
 NOTHING = "\N{EN DASH}"
 READABLE = 4.5
 """Contrast that WCAG 2 (AA) asks of text."""
@@ -65,6 +69,11 @@ async def fleet(
 def generate(page: Browser) -> str:
     """Press the button, and return the text once it is whole."""
     page.click("#go")
+    return await_answer(page)
+
+
+def await_answer(page: Browser) -> str:
+    """Wait for what was asked for, and return the text."""
     page.until("document.getElementById('summary').textContent")
     page.until("document.getElementById('go').textContent === 'Generate'")
     return page.text("output")
@@ -79,6 +88,11 @@ def sources(page: Browser) -> set[int]:
 def drawn(page: Browser, marks: str) -> int:
     """How many such marks the latest answer's timeline has."""
     return int(page.value(f"document.querySelectorAll('#timeline :is({marks})').length"))
+
+
+def width(page: Browser, selector: str) -> float:
+    """In CSS pixels."""
+    return float(page.value(f"document.querySelector({selector!r}).getBoundingClientRect().width"))
 
 
 def check_looks(page: Browser) -> None:
@@ -119,14 +133,24 @@ def play(page: Browser, url: str) -> None:
         ".map(span => getComputedStyle(span).backgroundColor))"
     )
     assert page.value(f"{coloured}.size") == len(sources(page) - {0})
+    assert page.value("document.getElementById('race').hidden")
     check_looks(page)
 
-    page.click(".switch")
-    plain = generate(page)
+    page.click("#other")  # The same request, the other way.
+    plain = await_answer(page)
+    assert not page.value("document.getElementById('speculate').checked")
     assert plain == speculated
     assert sources(page) == {0}
     assert (page.text("tau"), page.text("acceptance")) == ("1.00", NOTHING)
-    assert "The same tokens with and without speculation" in page.text("summary")
+    assert page.text("verdict") == "as fast, and the same tokens"
+    assert page.text("times").endswith("\N{MULTIPLICATION SIGN}")
+    assert page.text("plain") == f"{page.text('rate')} tokens/s"
+    fast, slow = (float(page.text(name).split()[0]) for name in ("fast", "plain"))
+    assert width(page, "#plain-bar") / width(page, "#fast-bar") == pytest.approx(
+        slow / fast, rel=0.05
+    )
+    assert page.value("document.getElementById('other').hidden")
+    check_looks(page)
     assert drawn(page, ".verifying") >= 120
     assert drawn(page, ".drafting, .hit") == 0
 
@@ -137,11 +161,14 @@ def watch(page: Browser) -> None:
     lanes = page.value("[...document.querySelectorAll('#lanes div')].map(one => one.innerText)")
     assert lanes[:2] == ["session", "verifier"]
     assert page.text("timeline-summary").startswith("120 verify steps, 0 of them")
+    assert width(page, "#lanes-scroll svg") >= width(page, "#lanes-scroll") > 500
     assert page.value("document.getElementById('playground').hidden")
     page.until("document.querySelectorAll('#workers tr').length === 3")
     rows = page.value("[...document.querySelectorAll('#workers tr')].map(row => row.innerText)")
     assert all("ready" in row for row in rows)
     assert [word in rows[0] for word in ("verifier", "tiny", "127.0.0.1:", "ms")] == [True] * 4
+    assert " of 64" in rows[0]
+    assert any(" %" in row for row in rows[1:])
     page.until("+document.getElementById('fleet-tokens').textContent === 240")
     assert float(page.text("fleet-tau")) > 1
     assert page.text("status") == "1 verifier, 2 drafters"
@@ -205,7 +232,12 @@ async def test_screenshots(chromium: Browser) -> None:
         page.run("document.getElementById('numbers').scrollIntoView(); scrollBy(0, -16)")
         page.screenshot(folder / "page-phone.png")
         page.resize(LAPTOP, dark=True)
+        page.choose("kind", "text")
+        page.type("prompt", COUNTING)
+        page.type("tokens", "64")
+        generate(page)
         page.click("#to-fleet")
+        page.until("document.getElementById('sessions').textContent === '0'")
         page.screenshot(folder / "page-fleet.png")
 
     target = load_language_model("smollm2", device="cpu", cache_dir=DEFAULT_CACHE)

@@ -106,6 +106,9 @@ async def test_a_run_goes_on_where_it_was_broken_off(
     output = await _run(fleet, questions, "--parts", "speed")
     assert "answered already" in output
     assert _lines(store) == second
+    output = await _run(fleet, questions, "--parts", "speed", "--json")
+    said = json.loads(output[output.index("{") :])
+    assert said == json.loads((store.parent / "spec_bench.json").read_text())
 
 
 async def test_steps_told_by_sources_are_those_that_the_verifier_counted(
