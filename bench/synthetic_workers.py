@@ -47,7 +47,9 @@ from outrider.model.info import model_info
 from outrider.model.language_model import LanguageModel
 from outrider.model.loading import load_language_model
 from outrider.model.threads import set_threads
+from outrider.serving.garbage import keep_what_is_loaded
 from outrider.serving.logs import configure_logging
+from outrider.serving.loops import run
 from outrider.serving.server import Server, stop_requested
 from verifier_service.config import EngineConfig
 from verifier_service.engine import Engine
@@ -56,8 +58,6 @@ from verifier_service.service import VerifierService
 
 _LOOPBACK = "127.0.0.1"
 _GRACE_S = 0.5
-# Threads of the process take turns, and each has little to do between two sleeps.
-_SWITCH_INTERVAL_S = 0.0005
 
 _log = logging.getLogger(__name__)
 
@@ -227,7 +227,6 @@ def _obey(loop: asyncio.AbstractEventLoop, fleet: Fleet, ended: asyncio.Event) -
 async def _serve(
     verifiers: Sequence[str], drafters: Sequence[tuple[int, str]], kv_tokens_max: int
 ) -> None:
-    sys.setswitchinterval(_SWITCH_INTERVAL_S)
     set_threads(1)
     engine = EngineConfig(kv_tokens_max=kv_tokens_max)
     async with contextlib.AsyncExitStack() as stack:
@@ -243,6 +242,7 @@ async def _serve(
                 for leaves_max, spec in drafters
             ],
         )
+        keep_what_is_loaded()
         print(json.dumps(fleet.addresses), flush=True)
         ended = asyncio.Event()
         loop = asyncio.get_running_loop()
@@ -267,7 +267,7 @@ def main(**options: Any) -> None:
     """Run synthetic workers until standard input is closed."""
     configure_logging("synthetic", level="info", fmt="text")
     try:
-        asyncio.run(_serve(**options))
+        run(_serve(**options))
     except OutriderError as error:
         click.echo(f"error: {error}", err=True)
         sys.exit(2)

@@ -15,10 +15,11 @@ import bisect
 import math
 from collections.abc import Sequence
 
-LOGPROB_MAX = math.log(0.999)
+_PROBABILITY_MIN, _PROBABILITY_MAX = 1e-6, 0.999
+LOGPROB_MAX = math.log(_PROBABILITY_MAX)
 """Nothing is ever certain."""
 
-_LOGPROB_MIN = math.log(1e-6)
+_LOGPROB_MIN = math.log(_PROBABILITY_MIN)
 _EDGES = (0.01, 0.03, 0.06, 0.1, 0.17, 0.25, 0.35, 0.45, 0.55, 0.65, 0.75, 0.85, 0.92, 0.97, 0.99)
 _CENTRES = tuple((low + high) / 2 for low, high in zip((0.0, *_EDGES), (*_EDGES, 1.0), strict=True))
 _PRIOR = 6.0
@@ -87,10 +88,19 @@ class _Curve:
 
     def read(self, feature: float) -> float:
         means, values = self._means, self._values
-        above = min(max(1, bisect.bisect_right(means, feature)), len(means) - 1)
+        # The first mean is 0 and the last is 1.
+        above = bisect.bisect_right(means, feature) or 1
+        if above == len(means):
+            above -= 1
         low, high = means[above - 1], means[above]
         share = (feature - low) / (high - low) if high > low else 1.0
         return values[above - 1] + share * (values[above] - values[above - 1])
+
+    def claim(self, logprob: float) -> float:
+        value = self.read(math.exp(logprob) if logprob < 0.0 else 1.0)
+        if value <= _PROBABILITY_MIN:
+            return _LOGPROB_MIN
+        return math.log(value) if value < _PROBABILITY_MAX else LOGPROB_MAX
 
 
 class ClaimCalibration:
@@ -98,7 +108,7 @@ class ClaimCalibration:
 
     def __init__(self) -> None:
         self._curves = {
-            (sampled, rank): _Curve() for sampled in (False, True) for rank in range(_RANKS)
+            sampled: tuple(_Curve() for _ in range(_RANKS)) for sampled in (False, True)
         }
 
     def claim(self, sampled: bool, rank: int, logprob: float) -> float:
@@ -106,12 +116,22 @@ class ClaimCalibration:
 
         `rank` counts from 0 among siblings, most probable first; `logprob` is what the model says.
         """
-        value = self._curves[sampled, min(rank, _RANKS - 1)].read(math.exp(min(0.0, logprob)))
-        return min(LOGPROB_MAX, math.log(value)) if value > 1e-6 else _LOGPROB_MIN
+        return self._curves[sampled][min(rank, _RANKS - 1)].claim(logprob)
+
+    def claims(self, sampled: bool, said: Sequence[tuple[int, float]]) -> list[tuple[int, float]]:
+        """Make claims of what the model says of siblings (token, logprob), best first."""
+        curves = self._curves[sampled]
+        if len(said) > _RANKS:
+            curves += (curves[-1],) * (len(said) - _RANKS)
+        return [
+            (token, curve.claim(logprob))
+            for (token, logprob), curve in zip(said, curves, strict=False)
+        ]
 
     def observe(self, sampled: bool, rank: int, logprob: float, right: bool) -> None:
         """Learn whether the target's sample was a guess whose parent it had accepted."""
-        self._curves[sampled, min(rank, _RANKS - 1)].observe(math.exp(min(0.0, logprob)), right)
+        curve = self._curves[sampled][min(rank, _RANKS - 1)]
+        curve.observe(math.exp(min(0.0, logprob)), right)
 
 
 def ascending(values: Sequence[float], weights: Sequence[float]) -> list[float]:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable
 from dataclasses import replace
-from itertools import islice
 
 from outrider.committed import CommittedLog
 from outrider.domain import BindSpec, Commit, Draft, DraftBudget
@@ -85,9 +84,9 @@ class Mirror:
 
     def expand(self, parent: Node, guesses: Iterable[tuple[int, float]]) -> list[Node]:
         """Guess different tokens (id, claim) after a node without guesses, as far as allowed."""
-        size = self.spec.vocabulary_size
-        allowed = islice((guess for guess in guesses if 0 <= guess[0] < size), max(0, self.room))
-        nodes = self.tree.sprout(parent, allowed, self.source)
+        size, room = self.spec.vocabulary_size, max(0, self.room)
+        allowed = [guess for guess in guesses if 0 <= guess[0] < size]
+        nodes = self.tree.sprout(parent, allowed[:room], self.source)
         self.fresh += nodes
         return nodes
 

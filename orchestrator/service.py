@@ -2,16 +2,14 @@
 
 from __future__ import annotations
 
-import asyncio
 import contextlib
-import logging
 import secrets
-from collections.abc import AsyncGenerator, AsyncIterator, Iterator
-from contextlib import aclosing
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator
 from typing import Any
 
 import grpc.aio
 
+from orchestrator.client_stream import ClientStream
 from orchestrator.config import DriverConfig
 from orchestrator.driver import Driver
 from orchestrator.fleet import Fleet
@@ -22,7 +20,7 @@ from orchestrator.resuming import EMPTY_DIGEST, ResumePoint, ResumeRequest
 from orchestrator.takeover import Takeover
 from outrider import wire
 from outrider.domain import Origin
-from outrider.errors import InvalidRequest, Unavailable
+from outrider.errors import InvalidRequest
 from outrider.serving.origins import REQUEST_ID_KEY, answering, origin_of
 from outrider.serving.server import Server
 from outrider.serving.status import status_of_errors
@@ -32,8 +30,6 @@ from outrider.v1 import generation_pb2, generation_pb2_grpc
 SERVICE_NAMES = ("outrider.v1.GenerationService",)
 TENANT_KEY = "outrider-tenant"
 """Metadata in which a trusted front names the tenant; nobody's without."""
-
-_log = logging.getLogger(__name__)
 
 _Response = generation_pb2.GenerateResponse
 
@@ -76,9 +72,8 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             job = job_of(asked, info, self._fleet.codec(info), self._config)
             prefix = await self._driver.placer.find(job)
             generation = self._driver.generate(job, prefix, origin)
-            async with aclosing(self._told(job, generation)) as responses:
-                async for response in responses:
-                    await self._write(context, response)
+            with self._stream(context) as stream:
+                await self._tell(job, generation, stream.write)
 
     async def Resume(  # type: ignore[override]
         self,
@@ -89,9 +84,12 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
         async with self._answering(context, "Resume") as origin:
             asked = _resume_request(request, _tenant(context))
             job, generation = await self._takeover.resume(asked, origin)
-            async with aclosing(self._told(job, generation)) as responses:
-                async for response in responses:
-                    await self._write(context, generation_pb2.ResumeResponse(response=response))
+            with self._stream(context) as stream:
+
+                async def say(response: _Response) -> None:
+                    await stream.write(generation_pb2.ResumeResponse(response=response))
+
+                await self._tell(job, generation, say)
 
     @contextlib.asynccontextmanager
     async def _answering(
@@ -104,30 +102,23 @@ class GenerationService(generation_pb2_grpc.GenerationServiceServicer):
             with answering(self._tracing, f"{SERVICE_NAMES[0]}/{method}", origin) as request:
                 yield request.origin
 
-    async def _told(self, job: Job, generation: Generation) -> AsyncGenerator[_Response]:
-        """Yield what to say until all is said; raises what the generation failed with."""
+    def _stream(
+        self, context: grpc.aio.ServicerContext[Any, Any]
+    ) -> contextlib.closing[ClientStream]:
+        return contextlib.closing(ClientStream(context.write, self._config.write_timeout_s))
+
+    async def _tell(
+        self, job: Job, generation: Generation, say: Callable[[_Response], Awaitable[None]]
+    ) -> None:
+        """Say all that there is to say; raises what the generation failed with."""
         started = False
         try:
             while outputs := await generation.take():
                 for response in _responses(outputs, job, generation, started=started):
-                    yield response
+                    await say(response)
                 started = True
         finally:
             self._driver.abandon(generation)
-
-    async def _write(self, context: grpc.aio.ServicerContext[Any, Any], message: Any) -> None:
-        """Write a message, which waits for the client; raises `Unavailable` if it reads nothing."""
-        limit_s = self._config.write_timeout_s
-        try:
-            async with asyncio.timeout(limit_s):
-                await context.write(message)
-        except grpc.aio.InternalError:
-            # The client has left; often this is heard first, and then that the call is cancelled.
-            raise asyncio.CancelledError from None
-        except TimeoutError:
-            _log.info("a client read nothing for %g s", limit_s)
-            text = f"the client read nothing for {limit_s:g} s; what it has not read can be resumed"
-            raise Unavailable(text) from None
 
     async def ListModels(
         self,

@@ -361,14 +361,15 @@ class Session:
         elif reason is not None:
             text += self.text.finish().text
         commands: list[Command] = []
+        # First: a drafter guesses in vain until it knows.
+        if self.bindings and commit.tokens and reason is None:
+            commands.append(RelayCommit(tuple(self.bindings), commit, verbatim))
         if text or kept:
             count = len(kept)
             commands.append(Deliver(text, kept, sources[:count], logprobs[:count]))
         if reason is not None:
             finish = Finish(reason, len(self.output), self.counters)
-            return [*commands, *self._end(finish, abort=not commit.last)]
-        if self.bindings and commit.tokens:
-            commands.append(RelayCommit(tuple(self.bindings), commit, verbatim))
+            commands += self._end(finish, abort=not commit.last)
         return commands
 
     def _on_silence(self, event: Silence) -> list[Command]:

@@ -374,7 +374,8 @@ def _sever(top: Node) -> int:
     dropped = [top]
     for node in dropped:
         node.parent = None
-        dropped.extend(node.children.values())
+        if node.children:
+            dropped.extend(node.children.values())
     return len(dropped)
 
 
@@ -391,8 +392,10 @@ def subtree_draft(
     parents: list[int] = []
     logprobs: list[float] = []
     for node in fresh:
-        path: list[Node] = []
-        walker: Node | None = node
+        if node in index_of:
+            continue
+        path = [node]
+        walker = node.parent
         while walker is not None and walker not in index_of:
             path.append(walker)
             walker = walker.parent
@@ -403,7 +406,8 @@ def subtree_draft(
             parents.append(at)
             at = index_of[step] = len(tokens)
             tokens.append(step.token)
-            logprobs.append(max(step.claims.values(), default=0.0))
+            claims = step.claims
+            logprobs.append(max(claims.values()) if claims else 0.0)
     if not tokens:
         return None
     return Draft(epoch, base_length, base_digest, tuple(tokens), tuple(parents), tuple(logprobs))

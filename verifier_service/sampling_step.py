@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 from outrider.domain import Candidates, TokenLogprobs
 from outrider.model.language_model import Logits
@@ -23,11 +24,18 @@ class Sampled:
     """What a step found out for one session."""
 
     plan: RowPlan
-    logits: Logits
-    """[1 + nodes, vocabulary] of the target, unprocessed; empty for a row that does not decode."""
     samples: tuple[int, ...]
     """The target's sample at the tip and at each node."""
     prompt_logprobs: tuple[TokenLogprobs, ...]
+    step_logits: Logits
+    """Of the whole step."""
+    place: slice
+    """Where the row's are."""
+
+    @property
+    def logits(self) -> Logits:
+        """[1 + nodes, vocabulary] of the target, unprocessed; empty if the row does not decode."""
+        return self.step_logits[self.place]
 
 
 def sample_rows(logits: Logits, plans: Sequence[RowPlan]) -> list[Sampled]:
@@ -58,9 +66,10 @@ def sample_rows(logits: Logits, plans: Sequence[RowPlan]) -> list[Sampled]:
     return [
         Sampled(
             plan,
-            logits[place],
-            tuple(next(samples) for _ in range(place.stop - place.start)),
-            _prompt_logprobs(logits[place.start - len(plan.scored) : place.start], plan),
+            tuple(islice(samples, place.stop - place.start)),
+            _prompt_logprobs(logits, place.start, plan),
+            logits,
+            place,
         )
         for plan, place in zip(plans, places, strict=True)
     ]
@@ -97,9 +106,11 @@ def candidates_of(sampled: Sampled) -> Candidates | None:
     return Candidates(tokens, tuple(top_candidates(sampled.logits, count)))
 
 
-def _prompt_logprobs(logits: Logits, plan: RowPlan) -> tuple[TokenLogprobs, ...]:
+def _prompt_logprobs(logits: Logits, end: int, plan: RowPlan) -> tuple[TokenLogprobs, ...]:
+    """Score a chunk of a prompt, whose logits lie before `end`."""
     if not plan.scored:
         return ()
+    logits = logits[end - len(plan.scored) : end]
     session = plan.seat.session
     # Indices of a chunk, which the pass has made part of the prefix by now.
     start = session.cache.prefix_length - len(plan.tokens)

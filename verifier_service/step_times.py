@@ -112,13 +112,15 @@ class StepTimes:
         self._kv_slope = _KvSlope()
         self._decoding = _Curve()
         self._mixed = _Curve()
+        self._mixed_stale = False
+        """Its line is drawn when it is read, which is seldom."""
 
     def observe(
         self, tokens: int, duration_s: float, *, kv_tokens: int = 0, prefill_tokens: int = 0
     ) -> None:
         """Learn from one step of at least one token."""
         duration_s = max(duration_s, _DURATION_MIN_S)
-        curve = self._mixed if prefill_tokens else self._decoding
+        curve = self._curve(prefill_tokens)
         size = _nearest_knot(tokens)
         self._steps += 1
         if curve.line:
@@ -182,8 +184,16 @@ class StepTimes:
 
     def _draw(self) -> None:
         self._decoding.line = self._line(self._decoding.knots)
-        # What mixed steps have not shown is taken from the others.
-        self._mixed.line = self._line(self._decoding.knots | self._mixed.knots)
+        self._mixed_stale = True
+
+    def _curve(self, prefill_tokens: int) -> _Curve:
+        if not prefill_tokens:
+            return self._decoding
+        if self._mixed_stale:
+            # What mixed steps have not shown is taken from the others.
+            self._mixed.line = self._line(self._decoding.knots | self._mixed.knots)
+            self._mixed_stale = False
+        return self._mixed
 
     def _line(self, knots: dict[int, _Knot]) -> list[tuple[int, float]]:
         """The monotone envelope of the knots.
@@ -229,14 +239,14 @@ class StepTimes:
 
         Without `kv_tokens`, as much KV as in the last step.
         """
-        curve = self._mixed if prefill_tokens else self._decoding
+        curve = self._curve(prefill_tokens)
         return self._read(curve, tokens, self._kv_tokens if kv_tokens is None else kv_tokens)
 
     def predict_all(
         self, tokens: int, more: int, *, kv_tokens: int | None = None, prefill_tokens: int = 0
     ) -> list[float]:
         """Predictions for `tokens`, `tokens + 1`, ..., `tokens + more`."""
-        curve = self._mixed if prefill_tokens else self._decoding
+        curve = self._curve(prefill_tokens)
         kv_tokens_now = self._kv_tokens if kv_tokens is None else kv_tokens
         more_s = self._kv_slope.value * (kv_tokens_now - self._kv_tokens)
         predicted: list[float] = []

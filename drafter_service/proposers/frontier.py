@@ -7,7 +7,7 @@ model. What changes is little: the leaves that were expanded leave, their childr
 from __future__ import annotations
 
 import heapq
-from collections.abc import Container
+from collections.abc import Container, Iterable
 from typing import TypeAlias
 
 from outrider.draft_tree import DraftTree, Node
@@ -28,26 +28,28 @@ class Frontier:
         self._logprob_min = logprob_min
         self._heap: list[Entry] = []
         self._arrivals = 0
-        above = tree.root.path_logprob
+        above = -tree.root.path_logprob
         level = [tree.root]
         for node in level:
             for child in node.children.values():
-                logprob = child.path_logprob - above
-                if logprob < logprob_min:
+                if above + child.path_logprob < logprob_min:
                     continue
                 level.append(child)
                 if child not in expanded:
-                    self.add(child, logprob)
+                    self.add_children((child,), above)
 
     def serves(self, root: Node, logprob_min: float, deepest: int) -> bool:
         """True if this is the frontier of the tree with that root, within those bounds."""
         return root is self._root and logprob_min == self._logprob_min and deepest == self._deepest
 
-    def add(self, node: Node, path_logprob: float) -> None:
-        """Enter a new node below the root, after its parent."""
-        if path_logprob >= self._logprob_min and node.position < self._deepest:
-            self._arrivals += 1
-            heapq.heappush(self._heap, (-path_logprob, self._arrivals, node))
+    def add_children(self, nodes: Iterable[Node], above: float) -> None:
+        """Enter nodes, parents first; their path log-probabilities are `above` and their own."""
+        heap, least, deepest = self._heap, self._logprob_min, self._deepest
+        for node in nodes:
+            path_logprob = above + node.path_logprob
+            if path_logprob >= least and node.position < deepest:
+                self._arrivals += 1
+                heapq.heappush(heap, (-path_logprob, self._arrivals, node))
 
     @property
     def best(self) -> float | None:

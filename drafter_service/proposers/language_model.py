@@ -206,18 +206,13 @@ class LanguageModelProposer:
                 continue
             children = mirror.expand(node, wanted)
             if state.frontier is not None:
-                above = path_logprob - node.path_logprob
-                for child in children:
-                    state.frontier.add(child, above + child.path_logprob)
+                state.frontier.add_children(children, path_logprob - node.path_logprob)
 
     def _claimed(self, mirror: Mirror, said: Guesses) -> Guesses:
         """Turn what the model says of siblings into what it has turned out to mean."""
         if not self._learning:
             return said
-        sampled, claim = not mirror.spec.sampling.greedy, self._calibration.claim
-        return [
-            (token, claim(sampled, rank, logprob)) for rank, (token, logprob) in enumerate(said)
-        ]
+        return self._calibration.claims(not mirror.spec.sampling.greedy, said)
 
     def _plan(self, mirrors: Sequence[Mirror]) -> tuple[list[Row], list[_Growth]]:
         rows: list[Row] = []

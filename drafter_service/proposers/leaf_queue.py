@@ -67,6 +67,8 @@ class LeafQueue:
         for heap in heads.values():
             heapq.heapify(heap)
         self._fade(weights)
+        if len(heads) == 1:
+            return self._take_of_one(*heads.popitem(), count)
         taken: list[Leaf] = []
         while heads and len(taken) < count:
             self._owe(weights)
@@ -75,6 +77,18 @@ class LeafQueue:
             taken.append(_pop(heads[tenant], weights[tenant]))
             if not heads[tenant]:
                 del heads[tenant], weights[tenant]
+        return taken
+
+    def _take_of_one(self, tenant: str, heap: list[_Head], count: int) -> list[Leaf]:
+        """Take the leaves of the only tenant that has any: each is its turn."""
+        self._owed[tenant] = max(-self._slack, self._owed.get(tenant, 0.0))
+        if len(heap) == 1:
+            _, _, (mirror, frontier, leaves_max), _ = heap[0]
+            return [(mirror, entry) for entry in frontier.take(min(count, leaves_max))]
+        weight = heap[0][2].mirror.spec.tenant_weight
+        taken: list[Leaf] = []
+        while heap and len(taken) < count:
+            taken.append(_pop(heap, weight))
         return taken
 
     def _owe(self, weights: dict[str, float]) -> None:

@@ -231,17 +231,19 @@ class SessionCache:
         """
         self._held()
         self._check_advance(path, keep)
-        sources = self._prefix_length + np.array([*path, *keep], dtype=np.int64)
-        targets = self._prefix_length + np.arange(len(sources), dtype=np.int64)
-        moved = sources != targets
-        if moved.any():
-            self.pool.move(self._slots[sources[moved]], self._slots[targets[moved]])
+        moves = [(slot, at) for at, slot in enumerate((*path, *keep)) if slot != at]
+        if moves:
+            sources, targets = (self._prefix_length + np.array(moves, dtype=np.int64)).T
+            self.pool.move(self._slots[sources], self._slots[targets])
 
         remap = {old: new for new, old in enumerate(keep)}
-        self._parents = [remap.get(self._parents[slot], -1) for slot in keep]
-        self._depths = [self._depths[slot] - len(path) for slot in keep]
-        kept = np.array(keep, dtype=np.int64)
-        self._ancestors = self._ancestors[np.ix_(kept, kept)]
+        if keep:
+            self._parents = [remap.get(self._parents[slot], -1) for slot in keep]
+            self._depths = [self._depths[slot] - len(path) for slot in keep]
+            kept = np.array(keep, dtype=np.int64)
+            self._ancestors = self._ancestors[np.ix_(kept, kept)]
+        else:
+            self._drop_tree()
         self._prefix_length += len(path)
         self._trim()
         return remap

@@ -12,6 +12,7 @@ import math
 from collections.abc import Sequence
 from typing import TypeAlias
 
+import torch
 from torch import Tensor
 
 from outrider.domain import SamplingParams
@@ -47,23 +48,25 @@ def ranked_guesses(
 
 def _rank_distinct(logits: Tensor, count: int, kept: Tensor | None) -> list[Guesses] | None:
     """Rank greedy rows, or return None if it takes more to do so."""
-    logits = logits.detach().float()
+    logits = logits.detach()
+    if logits.dtype != torch.float32:
+        logits = logits.float()
     if kept is not None:
         logits = logits.index_select(1, kept)
     # One more than asked for: `topk` does not say which of equals it takes.
-    best, ids = logits.topk(min(count + 1, logits.shape[1]), dim=-1)
-    masses = (logits - best[:, :1]).exp_().sum(dim=-1).tolist()
-    if not math.isfinite(sum(masses)):
-        return None  # some logit is no number, or a row has none
+    best, ids = logits.log_softmax(dim=-1).topk(min(count + 1, logits.shape[1]), dim=-1)
     if kept is not None:
         ids = kept[ids]
     ranked: list[Guesses] = []
-    for values, tokens, mass in zip(best.tolist(), ids.tolist(), masses, strict=True):
-        if len(set(values)) < len(values):
-            return None
-        above = values[0] + math.log(mass)
-        row = zip(tokens[:count], values, strict=False)
-        ranked.append(
-            [(t, value - above) for t, value in row if value - above > ACCEPT_LOGPROB_FLOOR]
-        )
+    # Plain loops: for a few numbers, every operator more takes longer than they do.
+    for tokens, values in zip(ids.tolist(), best.tolist(), strict=True):
+        above = math.inf
+        for value in values:
+            if not value < above:
+                return None  # equals, or something is no number
+            above = value
+        row = list(zip(tokens, values, strict=True))[:count]
+        if row[-1][1] <= ACCEPT_LOGPROB_FLOOR:
+            row = [pair for pair in row if pair[1] > ACCEPT_LOGPROB_FLOOR]
+        ranked.append(row)
     return ranked

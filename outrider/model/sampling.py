@@ -74,6 +74,10 @@ def sample_nodes(
     """
     if not params:
         return []
+    if all(param.greedy for param in params):
+        best = _finite_best(logits)
+        if best is not None:
+            return best
     if can_draw(logits):
         drawn = draw(logits, params, seeds, positions, 1)
         drawn_tokens: list[int] = drawn.tokens.squeeze(-1).tolist()
@@ -187,6 +191,20 @@ def target_logprobs(logits: Tensor, params: Sequence[SamplingParams]) -> Tensor:
 
 
 # --- choosing ---------------------------------------------------------------------------------
+
+
+def _finite_best(logits: Tensor) -> list[int] | None:
+    """Return the best token of each row, or None if it takes more: a GPU, or no finite best.
+
+    The lowest id of equals. numpy takes a third of an operator's time, and a tenth of it where
+    what has to be compared is little. It finds a NaN before anything else.
+    """
+    if not on_cpu(logits) or logits.dtype != torch.float32:
+        return None
+    values = logits.detach().numpy()
+    best: list[int] = values.argmax(axis=1).tolist()
+    finite = all(math.isfinite(values.item(row, token)) for row, token in enumerate(best))
+    return best if finite else None
 
 
 def _most_probable(logits: Tensor) -> list[int]:

@@ -50,7 +50,7 @@ def test_it_is_what_ranking_the_whole_tree_gives(seed: int) -> None:
             for token in (100, 101):
                 child = tree.add(node, token, -draw.random(), 1)
                 assert child is not None
-                frontier.add(child, -negated + child.accept_logprob)
+                frontier.add_children([child], -negated - node.path_logprob)
 
 
 def test_parents_come_before_children_that_are_certain() -> None:

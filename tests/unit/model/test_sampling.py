@@ -309,6 +309,19 @@ def test_rows_without_usable_logits_spoil_no_others(path):
     assert bool(scores.isfinite().all() and estimates.isfinite().all())
 
 
+def test_greedy_rows_without_usable_logits_spoil_no_others(path):
+    logits = drawn_logits("normal", 6, 300, 9)
+    best = logits.argmax(dim=-1).tolist()
+    for row, values in enumerate(([math.nan] * 300, [-INF] * 300)):
+        logits[row] = torch.tensor(values)
+    logits[2, 5] = INF
+    logits[3] = -5.0
+    logits[3, 7], logits[3, 8] = -1.0, math.nan
+    found = sample_nodes(logits, [GREEDY] * 6, [1] * 6, range(6))
+    assert found == [0, 0, 5, 7, *best[4:]]
+    assert sample_nodes(logits[4:], [GREEDY] * 2, [1] * 2, range(2)) == best[4:]
+
+
 def test_logits_are_left_alone(path):
     logits = drawn_logits("normal", 2, 3000, 9)
     before = logits.clone()

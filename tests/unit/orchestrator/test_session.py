@@ -352,13 +352,13 @@ def test_contiguous_commits_are_delivered_and_relayed() -> None:
     session = decoding(drafters=["d1", "d2"])
     event = committed(3, 0, 1, sources=(2, 0), steps=1)
     assert session.step(event) == [
-        Deliver("ab", (0, 1), (2, 0)),
         RelayCommit((1, 2), event.commit, verbatim=True),
+        Deliver("ab", (0, 1), (2, 0)),
     ]
     event = committed(5, 2, steps=2)
     assert session.step(event) == [
-        Deliver("c", (2,), (1,)),
         RelayCommit((1, 2), event.commit, verbatim=True),
+        Deliver("c", (2,), (1,)),
     ]
     assert (session.output, session.length) == ([0, 1, 2], 6)
     assert session.counters.verify_steps == 2
@@ -393,9 +393,9 @@ def test_of_an_overlapping_commit_only_the_rest_counts() -> None:
     session.step(committed(3, 0, 1))
     commands = session.step(committed(4, 1, 2, 3, sources=(5, 6, 7)))
     assert commands == [
-        Deliver("cd", (2, 3), (6, 7)),
         # Not the verifier's bytes, which begin earlier.
         RelayCommit((1,), Commit(1, 5, (2, 3)), verbatim=False),
+        Deliver("cd", (2, 3), (6, 7)),
     ]
 
 
@@ -642,7 +642,7 @@ def test_a_lost_verifier_costs_nothing_that_was_committed() -> None:
     session.step(Opened(2))
     assert session.step(committed(5, 9, epoch=1)) == []
     commands = session.step(committed(5, 2, epoch=2, steps=3))
-    assert commands[0] == Deliver("c", (2,), (1,))
+    assert commands[1] == Deliver("c", (2,), (1,))
     # Each verifier counts from zero; the client hears the sum.
     commands = session.step(committed(6, epoch=2, reason=FinishReason.LENGTH, steps=4))
     assert commands[-2] == Finish(FinishReason.LENGTH, 3, SpeculationCounters(verify_steps=6))
@@ -911,7 +911,8 @@ class World:
             end = commit.base_length + len(commit.tokens)
             self.mirrors[binding] = max(self.mirrors[binding], end)
         start = commit.base_length - len(PROMPT)
-        assert list(commit.tokens) == self.delivered[start : start + len(commit.tokens)]
+        # Drafters hear of it first; the client does in the same breath.
+        assert list(commit.tokens) == self.session.output[start : start + len(commit.tokens)]
 
     def committed(
         self, start: int, tokens: list[int], epoch: int, reason: FinishReason | None = None
