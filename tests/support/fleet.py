@@ -28,6 +28,7 @@ from orchestrator.service import SERVICE_NAMES as ORCHESTRATOR_NAMES
 from orchestrator.service import GenerationService
 from orchestrator.takeover import Takeover
 from outrider.client import AsyncClient
+from outrider.config import Tls
 from outrider.domain import ModelInfo
 from outrider.errors import Unavailable
 from outrider.journal import LeaseStore
@@ -40,7 +41,6 @@ from outrider.serving.telemetry import Tracing
 from outrider.v1 import (
     drafter_pb2_grpc,
     generation_pb2_grpc,
-    verifier_pb2_grpc,
     worker_pb2_grpc,
 )
 from tests.support.flat_times import FlatTimes
@@ -98,6 +98,7 @@ async def verifier(
     times: StepTimes | None = None,
     port: int = 0,
     tracing: Tracing | None = None,
+    tls: Tls | None = None,
 ) -> AsyncIterator[RunningVerifier]:
     """Run a verifier; by default one that verifies whatever it is offered."""
     config = config or EngineConfig(warm_up=False)
@@ -107,13 +108,14 @@ async def verifier(
         incarnation=secrets.token_hex(8),
         sessions_max=config.sessions_max,
         grammar_timeout_s=config.grammar_timeout_s,
+        kv_serves_max=config.kv_serves_max,
+        tls=tls,
         tracing=tracing,
     )
     engine = Engine(model, config, service.emit, rule=rule, times=times or FlatTimes())
     service.attach(engine)
-    server = Server(VERIFIER_NAMES, host="127.0.0.1", port=port)
-    verifier_pb2_grpc.add_VerifierServiceServicer_to_server(service, server.grpc)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server.grpc)
+    server = Server(VERIFIER_NAMES, host="127.0.0.1", port=port, tls=tls)
+    service.register(server)
     engine.start()
     address = await server.start()
     await server.set_ready(True)
