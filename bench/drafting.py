@@ -2,6 +2,7 @@
 
     python -m bench.drafting --drafter models/NAME    # or: make bench-drafters
     python -m bench.drafting --parts coupling,ahead   # measure these anew, keep the others
+    python -m bench.drafting --parts tau --categories rag,writing   # likewise
 
 Contenders decode each prompt in turn, beside the target alone, greedy and at temperature 0.8, in
 one process: target and draft model have a thread each, and no network is in between. Of claims and
@@ -16,7 +17,8 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterable, Iterator
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,6 +38,8 @@ from bench.drafting_parts import (
     measure_sessions,
 )
 from bench.drafting_results import Results, markdown, result_line
+from bench.drafting_taus import measure_taus
+from bench.pipeline_prompts import load_prompts
 from outrider.config import DEFAULT_CACHE, Dtype
 from outrider.serving.loops import SWITCH_INTERVAL_S
 
@@ -43,6 +47,7 @@ RESULTS = Path(__file__).with_name("results")
 _SHIPPED = Path(__file__).parents[1] / "models"
 PARTS = {
     "proposers": "each proposer over the prompts, beside the target alone",
+    "tau": "the same over known texts and with trees that are waited for: no clock",
     "coupling": "noise shared by target and drafter, against the formula",
     "calibration": "claims against what the target decides",
     "ahead": "drafting ahead of a synthetic target of 20 ms a step",
@@ -62,6 +67,8 @@ PARTS = {
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Some of them.")
 @click.option("--repeats", type=click.IntRange(1, 20), default=Effort.repeats, show_default=True)
 @click.option("--tokens", type=click.IntRange(16, 2048), default=Effort.tokens, show_default=True)
+@click.option("--categories", help="Of prompts for proposers and tau; others keep what they had.")
+@click.option("--prompts", type=click.IntRange(min=1), help="Of a category.  [default: all]")
 @click.option("--quick", is_flag=True, help="Little of everything, to see that it runs.")
 @click.option("--results-dir", type=click.Path(path_type=Path, file_okay=False), default=RESULTS)
 @click.option("--cache-dir", type=click.Path(path_type=Path), default=DEFAULT_CACHE)
@@ -73,15 +80,17 @@ def main(
     parts: str,
     repeats: int,
     tokens: int,
+    categories: str | None,
+    prompts: int | None,
     quick: bool,
     results_dir: Path,
     cache_dir: Path,
 ) -> None:
     """Measure drafters against the target alone, and what they claim against the truth."""
     chosen = [part.strip() for part in parts.split(",")]
-    unknown = sorted(set(chosen) - set(PARTS))
-    if unknown:
-        raise click.BadParameter(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    _refuse_unknown("part", chosen, PARTS)
+    some = tuple(name.strip() for name in categories.split(",")) if categories else ()
+    _refuse_unknown("category", some, dict.fromkeys(entry["category"] for entry in load_prompts()))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     console = Console(highlight=False)
     path = results_dir / "drafting.json"
@@ -94,10 +103,11 @@ def main(
     if datastore is None:
         results.unavailable["datastore"] = "no --datastore"
     effort = QUICK if quick else Effort(repeats=repeats, tokens=tokens)
+    effort = replace(effort, categories=some, prompts_max=prompts or effort.prompts_max)
     for part in (part for part in PARTS if part in chosen):
-        _measure(part, models, effort, results, console)
-        results.times[part] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        _write(path, results, models, quick=quick)
+        for _ in _measure(part, models, effort, results, console):
+            results.times[part] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            _write(path, results, models, quick=quick)
     text = markdown(results)
     path.with_suffix(".md").write_text(text)
     _draw(console, results, results_dir)
@@ -106,8 +116,12 @@ def main(
     lines.print(result_line(results), markup=False)
 
 
-def _measure(part: str, models: Models, effort: Effort, results: Results, console: Console) -> None:
+def _measure(
+    part: str, models: Models, effort: Effort, results: Results, console: Console
+) -> Iterator[None]:
+    """Measure a part into the results; yields whenever they are worth keeping."""
     begin_s = time.monotonic()
+    some = effort.categories
 
     def say(text: str) -> None:
         elapsed_s = time.monotonic() - begin_s
@@ -115,7 +129,17 @@ def _measure(part: str, models: Models, effort: Effort, results: Results, consol
 
     match part:
         case "proposers":
-            results.runs = measure_proposers(models, effort, say)
+            kept = [run for run in results.runs if some and run.category not in some]
+            for runs in measure_proposers(models, effort, say):
+                kept += runs
+                results.runs = sorted(kept, key=lambda run: run.prompt)
+                yield
+        case "tau":
+            others = [one for one in results.taus if some and one.category not in some]
+            for taus in measure_taus(models, effort, say):
+                others += taus
+                results.taus = list(others)
+                yield
         case "coupling":
             results.couplings = measure_couplings(models, effort, say)
         case "calibration":
@@ -124,6 +148,13 @@ def _measure(part: str, models: Models, effort: Effort, results: Results, consol
             results.ahead = measure_ahead(effort, say)
         case "sessions":
             results.sharing = measure_sessions(effort, say)
+    yield
+
+
+def _refuse_unknown(kind: str, chosen: Iterable[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
+        raise click.BadParameter(f"unknown {kind} {unknown[0]!r}; there are {', '.join(known)}")
 
 
 def _shipped() -> str | None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -105,6 +105,8 @@ class Effort:
     ahead_tokens: int = 3_000
     sessions: int = 200
     session_steps: int = 16
+    categories: tuple[str, ...] = ()
+    """Of the prompts for proposers; empty: all."""
 
 
 QUICK = Effort(1, 1, 32, 24, 32, 48, 300, 40, 8)
@@ -138,26 +140,28 @@ def _encode(codec: TextCodec, prompt: str) -> tuple[int, ...]:
         return codec.encode(prompt)
 
 
-def measure_proposers(models: Models, effort: Effort, say: Callable[[str], None]) -> list[Run]:
-    """Decode every prompt with every contender, in turn, greedy and sampled."""
+def measure_proposers(
+    models: Models, effort: Effort, say: Callable[[str], None]
+) -> Iterator[list[Run]]:
+    """Decode every prompt with every contender, in turn, greedy and sampled; yields a prompt's."""
     thread = ModelThread()
     thread.run(set_threads, 1)
     target: LanguageModel = thread.run(models.load, models.target)
     driver = EngineDriver(target, EngineConfig(), thread)
     fleet = DraftingFleet(driver, target.vocabulary_size, target.tokenizer_fingerprint)
-    runs: list[Run] = []
     try:
         for name, make in models.makers().items():
             fleet.add(name, make)
         prompts = prompts_of(effort, TextCodec.from_files(target.tokenizer_files))
         for number, (category, prompt) in enumerate(prompts):
+            if effort.categories and category not in effort.categories:
+                continue
             say(f"{category} ({number + 1} of {len(prompts)})")
-            runs += _contend(fleet, category, number, prompt, effort)
+            yield _contend(fleet, category, number, prompt, effort)
     finally:
         fleet.close()
         driver.stop()
         thread.close()
-    return runs
 
 
 def _contend(
@@ -234,7 +238,7 @@ def _coupling(
     each = max(1, effort.contexts // len(prompts))
     stride = 4
     parts = []
-    for known in decided(target, _specs(target, prompts, _SAMPLED), each * stride):
+    for known in decided(target, specs_of(target, prompts, _SAMPLED), each * stride):
         text, begin = (*known.spec.prompt, *known.text), len(known.spec.prompt)
         likely = logits_along(target, text, begin, stride)
         guessed = logits_along(draft, text, begin, stride)
@@ -251,9 +255,10 @@ def _coupling(
     )
 
 
-def _specs(
+def specs_of(
     target: LanguageModel, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams
 ) -> list[BindSpec]:
+    """Return a session for each prompt."""
     return [
         BindSpec(
             session=number + 1,
@@ -281,7 +286,7 @@ def measure_claims(models: Models, effort: Effort, say: Callable[[str], None]) -
     for temperature in (0.0, 1.0):
         say(f"claims at temperature {temperature:g}")
         sampling = SamplingParams(temperature=temperature)
-        known = decided(target, _specs(target, prompts, sampling), effort.claimed_tokens)
+        known = decided(target, specs_of(target, prompts, sampling), effort.claimed_tokens)
         for name, make in models.makers().items():
             if name not in ("lookup", "model", "datastore"):
                 continue  # these need the target's candidates, or are made of the others
@@ -351,7 +356,7 @@ def measure_sessions(effort: Effort, say: Callable[[str], None]) -> Sharing:
     prompts = [tuple(b"Session %d: " % number) for number in range(effort.sessions)]
     specs = [
         replace(spec, budget=budget, sampling=GREEDY if spec.session % 2 else _SAMPLED)
-        for spec in _specs(target, prompts, _SAMPLED)
+        for spec in specs_of(target, prompts, _SAMPLED)
     ]
     known = decided(target, specs, 4 * effort.session_steps)
     return measure_sharing(
