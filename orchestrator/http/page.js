@@ -3,7 +3,7 @@ const $ = id => document.getElementById(id);
 const TARGET = 0, EMPTY = "–", RETRIES = 5, POLL_MS = 2000, HISTORY = 60;
 const names = new Map([[TARGET, "the target itself"]]);
 const workers = new Map();  // By address, as last heard of.
-const MARKS = 4000, LANE_PX = 26, STEP_PX = 22, WIDEST_PX = 30000, MARGIN_PX = 6, LABELS_PX = 130;
+const MARKS = 4000, LANE_PX = 26, STEP_PX = 22, WIDEST_PX = 30000, MARGIN_PX = 6, LABELS_PX = 140;
 const lastRuns = new Map();  // By request: what came of it with speculation, and without.
 let running = null, only = null, before = null, rates = [];
 

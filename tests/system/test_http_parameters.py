@@ -6,6 +6,7 @@ import asyncio
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
@@ -131,6 +132,7 @@ def same(fast: Said, plain: Said) -> None:
     assert all(a == b or abs(a - b) < 1e-3 for a, b in pairs if a is not None and b is not None)
 
 
+@pytest.mark.slow
 async def test_every_parameter_gives_the_same_ids_speculated_or_not() -> None:
     tested = set(CompletionRequest.model_fields) | set(ChatCompletionRequest.model_fields)
     tested -= {"stream_options", "speculative", *NOTHING_TO_COMPARE}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -193,7 +194,7 @@ def local_command(folder: Path, port: int) -> Iterator[subprocess.Popen[str]]:
     """`outrider local` as a user runs it."""
     arguments = ["local", "--model", TARGET, "--draft-model", DRAFT, "--drafters", "2"]
     arguments += ["--port", str(port), "--http-port", str(free_port())]
-    arguments += ["--log-dir", str(folder / "logs")]
+    arguments += ["--log-dir", str(folder / "logs"), "--json"]
     arguments += ["--cache-dir", str(folder / "cache")]
     with (folder / "output").open("w") as output:
         process = subprocess.Popen(
@@ -228,6 +229,10 @@ def test_the_command_stops_cleanly_when_asked(tmp_path):
 
         wait_until(ready, "the fleet says that it is ready")
         pids = children_of(process.pid)
+        lines = (tmp_path / "output").read_text().splitlines()
+        (said,) = [json.loads(line) for line in lines if line.startswith("{")]
+        assert said["grpc"] == f"127.0.0.1:{port}"
+        assert set(said["pids"].values()) <= pids
         events = client.generate(request(CASES[0]))
         next(events)
         process.send_signal(signal.SIGINT)
