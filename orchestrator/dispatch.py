@@ -59,7 +59,10 @@ class Dispatch:
                 wanted = session.drafters_wanted and self._fleet.candidates_wanted(
                     running.generation.info
                 )
-                verifier.open(replace(spec, candidates=wanted) if wanted else spec)
+                peer, running.kv_peer = running.kv_peer, None
+                if wanted or peer is not None:
+                    spec = replace(spec, candidates=wanted, kv_peer=peer)
+                verifier.open(spec)
                 if running.follower is not None:
                     running.follower.reopened()
                     self.predict(running)

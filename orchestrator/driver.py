@@ -86,6 +86,8 @@ from outrider.domain import (
     NOBODY,
     TARGET_SOURCE,
     Origin,
+    PullOutcome,
+    PullReport,
     Rejection,
     RejectionCode,
     SpeculationCounters,
@@ -99,6 +101,7 @@ from outrider.errors import (
     Unavailable,
 )
 from outrider.journal import Journaled
+from outrider.kv_blocks import shareable_blocks
 from outrider.serving.telemetry import Tracing
 
 REVIEWED_MAX = 1_024
@@ -416,17 +419,12 @@ class Driver:
             link.took_step(batch.step, now_s)
             self.meters.step_s.observe(batch.step.duration_s)
             self._balancer.took_step(link, batch.step)
-        for number, epoch in batch.opened:
-            running = self._on(link, number)
-            if running is not None:
-                running.heard_s = running.progress_s = now_s
-                self.meters.queued_s.observe(now_s - running.generation.started_s)
-                self._reporter.opened(running, now_s)
-                running.prefill_began_s = now_s
-                self._step(running, Opened(epoch))
+        self._opened(link, batch.opened, now_s)
         self._refused(link, batch.rejections, now_s)
         if batch.commits and link.breaker.failures:
             link.breaker.worked()
+        if batch.kv_pulls:
+            self._pulled(link, batch.kv_pulls, now_s)
         for piece in batch.prompt_logprobs:
             running = self._on(link, piece.session)
             if running is not None:
@@ -447,6 +445,32 @@ class Driver:
             self._step(running, Committed(commit, report))
             if running.follower is not None and running.session.state is State.DECODING:
                 self._dispatch.predict(running)
+
+    def _pulled(self, link: VerifierLink, pulls: list[PullReport], now_s: float) -> None:
+        """Take note of what became of fetching KV from peers."""
+        for pull in pulls:
+            running = self._on(link, pull.session)
+            if running is None or running.session.epoch != pull.epoch:
+                continue
+            running.heard_s = running.progress_s = now_s
+            self.meters.pulled(pull)
+            if pull.outcome is None or pull.outcome is PullOutcome.DECLINED:
+                continue
+            # How long it takes from here to the first commit says nothing of prefill.
+            running.prefill_began_s = None
+            if running.trace is not None:
+                outcome, blocks = pull.outcome.value, pull.blocks
+                running.trace.decided(now_s, "KV pulled", outcome=outcome, blocks=blocks)
+
+    def _opened(self, link: VerifierLink, opened: list[tuple[int, int]], now_s: float) -> None:
+        for number, epoch in opened:
+            running = self._on(link, number)
+            if running is not None:
+                running.heard_s = running.progress_s = now_s
+                self.meters.queued_s.observe(now_s - running.generation.started_s)
+                self._reporter.opened(running, now_s)
+                running.prefill_began_s = now_s
+                self._step(running, Opened(epoch))
 
     def _count(self, running: Running, now_s: float, tokens: int) -> None:
         session = running.session
@@ -590,6 +614,10 @@ class Driver:
         running, move = found
         running.moved_s = running.heard_s = running.progress_s = running.asked_s = now_s
         running.missing_tokens = move.missing_tokens
+        # It holds all that was committed but for the last tokens.
+        running.kv_peer = self._fleet.kv_peer(
+            running.session.verifier or "", shareable_blocks(running.session.length)
+        )
         self.meters.migrations["verifier", "rebalanced"] += 1
         if running.trace is not None:
             running.trace.decided(now_s, "moved", to=move.address, gain_s=move.gain_s)
@@ -774,6 +802,7 @@ class Driver:
         if chosen is not None:
             self._homeless.discard(running)
             running.missing_tokens = chosen.missing_tokens + len(running.session.output)
+            running.kv_peer = self.placer.peer(running.prefix, chosen)
             if running.session.setback is not None:
                 cause = OUTCOMES.get(type(running.session.setback), "internal")
                 self.meters.migrations["verifier", cause] += 1

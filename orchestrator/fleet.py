@@ -21,8 +21,8 @@ from orchestrator.workers import (
     VerifierLink,
 )
 from outrider.config import Tls
-from outrider.domain import CANDIDATES_MAX, TARGET_SOURCE, ModelInfo
-from outrider.errors import Mismatch
+from outrider.domain import CANDIDATES_MAX, TARGET_SOURCE, KvPeer, ModelInfo
+from outrider.errors import InvalidRequest, Mismatch
 from outrider.registry import WorkerRecord
 
 SHORTLIST_MAX = 16
@@ -322,6 +322,41 @@ class Fleet:
             ]
             self._addresses = {link.incarnation: link.address for link in links}
         return self._addresses.get(incarnation, "")
+
+    def kv_peer(self, address: str, blocks: int) -> KvPeer | None:
+        """The verifier at an address as one that holds so many blocks of a text, if it is there.
+
+        One that drains will do: it serves its peers to the end.
+        """
+        link = self.verifiers.get(address)
+        if link is None or link.state not in (LinkState.READY, LinkState.DRAINING) or blocks < 1:
+            return None
+        try:
+            return KvPeer(link.address, link.incarnation, blocks)
+        except InvalidRequest:
+            # An address that only gRPC of this process understands.
+            return None
+
+    def best_holder(self, held_tokens: Mapping[str, int], fingerprint: str) -> VerifierLink | None:
+        """The verifier of a model that holds most of a text; `held_tokens` is by incarnation.
+
+        Among equals the one with fewer sessions.
+        """
+        links = (self.verifiers.get(self._address_of(incarnation)) for incarnation in held_tokens)
+        there = [
+            link
+            for link in links
+            if link is not None
+            and link.incarnation in held_tokens
+            and link.info is not None
+            and link.info.model_fingerprint == fingerprint
+            and link.state in (LinkState.READY, LinkState.DRAINING)
+        ]
+        return max(
+            there,
+            key=lambda link: (held_tokens[link.incarnation], -len(link.sessions), link.address),
+            default=None,
+        )
 
     def draft_fingerprints(self) -> list[str]:
         """Fingerprints of the draft models that guess; lookup drafters have no KV."""

@@ -19,7 +19,7 @@ from orchestrator.prediction import Follower
 from orchestrator.prefix_memory import Prefix
 from orchestrator.session import Session, State
 from orchestrator.tracing import SessionTrace
-from outrider.domain import Commit, DraftBudget, ModelInfo
+from outrider.domain import Commit, DraftBudget, KvPeer, ModelInfo
 from outrider.errors import OutriderError
 from outrider.serving.queues import Mailbox
 from outrider.serving.telemetry import Span
@@ -85,6 +85,8 @@ class Running:
     """Of it, its verifier did not hold so many when it was chosen."""
     prefill_began_s: float | None = None
     """When its verifier took it; None: it has committed since."""
+    kv_peer: KvPeer | None = None
+    """Whom its verifier is told of when it is opened."""
     moved_s: float = -math.inf
     """When it was moved to where it would be served better."""
     homeless_s: float | None = None

@@ -7,7 +7,8 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 
-from outrider.domain import SpeculationCounters
+from outrider.domain import PullOutcome, PullReport, SpeculationCounters
+from outrider.kv_blocks import BLOCK_TOKENS
 
 POSITIONS_MAX = 64
 """Acceptance is counted by position up to here; what lies deeper counts as the last one."""
@@ -50,6 +51,12 @@ class Meters:
     """Verify steps of sessions that nobody guessed for, by why."""
     migrations: Counter[tuple[str, str]] = field(default_factory=Counter)
     """Moves of sessions by (role of the worker left, cause)."""
+    kv_pulls: Counter[str] = field(default_factory=Counter)
+    """Attempts to fetch KV from a peer by how they ended."""
+    kv_pulled_tokens: int = 0
+    kv_pulled_bytes: int = 0
+    kv_pull_s: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
+    """How long sessions waited for them; those that were declined did not."""
     first_token_s: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
     between_tokens_s: Histogram = field(default_factory=lambda: Histogram(_TOKEN_S))
     queued_s: Histogram = field(default_factory=lambda: Histogram(_LATENCY_S))
@@ -60,6 +67,16 @@ class Meters:
         """A session got tokens, so long after its previous ones."""
         self.between_tokens_s.observe(since_s / tokens, tokens)
         self.accepted(tokens - 1)
+
+    def pulled(self, report: PullReport) -> None:
+        """An attempt to fetch KV from a peer has ended."""
+        if report.outcome is None:
+            return
+        self.kv_pulls[report.outcome.value] += 1
+        self.kv_pulled_tokens += report.blocks * BLOCK_TOKENS
+        self.kv_pulled_bytes += report.size_bytes
+        if report.outcome is not PullOutcome.DECLINED:
+            self.kv_pull_s.observe(report.duration_s)
 
     def accepted(self, count: int) -> None:
         """A verify step accepted so many guesses for a session."""

@@ -19,7 +19,7 @@ from orchestrator.placement import Draw, Weighed, WorkerView, choose_drafters, p
 from orchestrator.prefix_lookup import PrefixLookup
 from orchestrator.prefix_memory import Prefix, PrefixMemory
 from orchestrator.workers import DrafterLink, VerifierLink
-from outrider.domain import ModelInfo, SessionSpec
+from outrider.domain import KvPeer, ModelInfo, SessionSpec
 from outrider.kv_blocks import BLOCK_TOKENS, chain_hashes, chain_root
 
 HASHED_BLOCKS_MAX = 1_024
@@ -28,6 +28,8 @@ DRAFT_MODELS_MAX = 2
 """Draft models for whose KV a text is hashed, too."""
 MEMORY_TRUST_S = 10.0
 """While Redis answers, what it does not know of is believed for so long: it is on its way there."""
+PEER_TOKENS_MIN = 2 * BLOCK_TOKENS
+"""That a peer must hold more of a prompt to be worth a hint."""
 _EXPLAINED_MAX = 3
 
 _log = logging.getLogger(__name__)
@@ -99,6 +101,23 @@ class Placer:
                 reasons = "; ".join(["chosen: " + str(chosen), *map(str, others)])
                 _log.debug("session %016x, %d verifiers: %s", spec.session, len(weighed), reasons)
         return chosen
+
+    def peer(self, prefix: Prefix, chosen: Weighed) -> KvPeer | None:
+        """Whom a verifier that was chosen might ask for KV of a prompt; None: nobody holds more."""
+        view = chosen.view
+        held_tokens = {
+            incarnation: tokens
+            for incarnation, tokens in self.held(prefix).items()
+            if tokens >= view.held_tokens + PEER_TOKENS_MIN
+        }
+        link = self._fleet.verifiers.get(view.address)
+        if link is not None:
+            # It will compute the prompt, which was noted already.
+            held_tokens.pop(link.incarnation, None)
+        best = self._fleet.best_holder(held_tokens, view.info.model_fingerprint)
+        if best is None:
+            return None
+        return self._fleet.kv_peer(best.address, held_tokens[best.incarnation] // BLOCK_TOKENS)
 
     def drafters(
         self,

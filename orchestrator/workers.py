@@ -32,6 +32,7 @@ from outrider.domain import (
     GrowReport,
     ModelInfo,
     PromptLogprobs,
+    PullReport,
     Rejection,
     Resync,
     SessionSpec,
@@ -88,6 +89,7 @@ class VerifierBatch:
     step: StepReport | None = None
     candidates: dict[int, bytes] = field(default_factory=dict)
     """What came with the commits of sessions that were opened with candidates, as it came."""
+    kv_pulls: list[PullReport] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)
@@ -399,6 +401,7 @@ class VerifierLink(Link[verifier_pb2.VerifyRequest, verifier_pb2.VerifyResponse]
                 [wire.prompt_logprobs_from_pb(piece) for piece in response.prompt_logprobs],
                 wire.step_report_from_pb(response.step) if response.HasField("step") else None,
                 candidates,
+                [wire.pull_report_from_pb(pull) for pull in response.kv_pulls],
             ),
         )
 

@@ -33,6 +33,9 @@ CANDIDATES_MAX = 32
 GRAMMAR_BYTES_MAX = 1 << 16
 CACHE_SALT_BYTES_MAX = 256
 TRACE_CHARACTERS_MAX = 512
+PEER_ADDRESS = re.compile(r"(?:[A-Za-z0-9._-]{1,253}|\[[0-9A-Fa-f:.%]{2,64}\]):[0-9]{1,5}")
+"""host:port and nothing else: gRPC would take other schemes, such as paths of sockets."""
+INCARNATION_CHARACTERS_MAX = 128
 REQUEST_ID = re.compile(r"[A-Za-z0-9._:/+=@-]{1,128}")
 """What a request may be called in logs."""
 REQUEST_ID_RULE = "has 1 to 128 letters, digits, or any of . _ : / + = @ -"
@@ -308,6 +311,26 @@ NOBODY = Origin()
 
 
 @dataclass(frozen=True, slots=True)
+class KvPeer:
+    """A verifier that is said to hold the beginning of a session's text. A hint, no more."""
+
+    address: str
+    """host:port"""
+    incarnation: str
+    blocks: int
+    """How many of the text's first blocks."""
+
+    def __post_init__(self) -> None:
+        if not PEER_ADDRESS.fullmatch(self.address):
+            raise InvalidRequest("kv_peer.address", "must be host:port")
+        if not 0 < len(self.incarnation) <= INCARNATION_CHARACTERS_MAX:
+            text = f"has 1 to {INCARNATION_CHARACTERS_MAX} characters"
+            raise InvalidRequest("kv_peer.incarnation", text)
+        if self.blocks < 1:
+            raise InvalidRequest("kv_peer.blocks", f"must be positive, got {self.blocks}")
+
+
+@dataclass(frozen=True, slots=True)
 class SessionSpec:
     """Everything that a verifier needs to start or continue a session."""
 
@@ -329,6 +352,8 @@ class SessionSpec:
     candidates: int = 0
     """Of the target, that drafters want to know at each verified node."""
     origin: Origin = NOBODY
+    kv_peer: KvPeer | None = None
+    """Who holds more of this text's KV."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.candidates <= CANDIDATES_MAX:
@@ -430,6 +455,43 @@ class Resync:
     epoch: int
     have_length: int
     binding: int = 0
+
+
+class PullOutcome(enum.Enum):
+    """How an attempt to fetch KV from a peer ended."""
+
+    COMPLETE = "complete"
+    """All that was asked for came."""
+    SHORT = "short"
+    """The peer held less than was said."""
+    SLOW = "slow"
+    """Computing the rest was expected to be quicker."""
+    REFUSED = "refused"
+    """The peer is another one now, has another model, or is busy."""
+    FAILED = "failed"
+    """The peer could not be reached, or broke off."""
+    CORRUPT = "corrupt"
+    """What came was not what had been sent, or not what was asked for."""
+    NO_ROOM = "no_room"
+    """There was no room for it."""
+    DECLINED = "declined"
+    """It was not tried, as it would not have paid."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullReport:
+    """A session's attempt to fetch KV from a peer."""
+
+    session: int
+    epoch: int
+    outcome: PullOutcome | None
+    """None: it goes on."""
+    blocks: int = 0
+    """That came and need not be computed."""
+    size_bytes: int = 0
+    """Of them."""
+    duration_s: float = 0.0
+    """How long the session has waited for them."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,9 +23,12 @@ from outrider.domain import (
     Grammar,
     GrammarKind,
     GrowReport,
+    KvPeer,
     ModelInfo,
     Origin,
     PromptLogprobs,
+    PullOutcome,
+    PullReport,
     Rejection,
     RejectionCode,
     Resync,
@@ -36,7 +39,8 @@ from outrider.domain import (
     TokenLogprobs,
 )
 from outrider.errors import InvalidRequest, Mismatch
-from outrider.v1 import drafter_pb2, types_pb2, verifier_pb2
+from outrider.kv_transfer import KvChunk, KvGeometry
+from outrider.v1 import drafter_pb2, kv_pb2, types_pb2, verifier_pb2
 
 _FINISH = {
     None: types_pb2.FINISH_REASON_UNSPECIFIED,
@@ -56,6 +60,19 @@ _REJECTION = {
     RejectionCode.UNKNOWN_SESSION: types_pb2.REJECTION_CODE_UNKNOWN_SESSION,
 }
 _REJECTION_BACK = {number: code for code, number in _REJECTION.items()}
+
+_PULL = {
+    None: verifier_pb2.KV_PULL_OUTCOME_UNSPECIFIED,
+    PullOutcome.COMPLETE: verifier_pb2.KV_PULL_OUTCOME_COMPLETE,
+    PullOutcome.SHORT: verifier_pb2.KV_PULL_OUTCOME_SHORT,
+    PullOutcome.SLOW: verifier_pb2.KV_PULL_OUTCOME_SLOW,
+    PullOutcome.REFUSED: verifier_pb2.KV_PULL_OUTCOME_REFUSED,
+    PullOutcome.FAILED: verifier_pb2.KV_PULL_OUTCOME_FAILED,
+    PullOutcome.CORRUPT: verifier_pb2.KV_PULL_OUTCOME_CORRUPT,
+    PullOutcome.NO_ROOM: verifier_pb2.KV_PULL_OUTCOME_NO_ROOM,
+    PullOutcome.DECLINED: verifier_pb2.KV_PULL_OUTCOME_DECLINED,
+}
+_PULL_BACK = {number: outcome for outcome, number in _PULL.items()}
 
 
 # --- the hot path -----------------------------------------------------------------------------
@@ -432,6 +449,86 @@ def checked_hello(
     return first.hello
 
 
+# --- KV of peers ------------------------------------------------------------------------------
+
+
+def kv_peer_to_pb(peer: KvPeer) -> verifier_pb2.KvPeer:
+    """Convert a hint at who holds KV."""
+    return verifier_pb2.KvPeer(
+        address=peer.address, incarnation=peer.incarnation, blocks=peer.blocks
+    )
+
+
+def kv_peer_from_pb(message: verifier_pb2.KvPeer) -> KvPeer | None:
+    """Convert back; None for what is none, as a hint must not cost anybody a session."""
+    try:
+        return KvPeer(message.address, message.incarnation, message.blocks)
+    except InvalidRequest:
+        return None
+
+
+def pull_report_to_pb(report: PullReport) -> verifier_pb2.KvPull:
+    """Convert what became of fetching KV."""
+    return verifier_pb2.KvPull(
+        session=report.session,
+        epoch=report.epoch,
+        outcome=_PULL[report.outcome],
+        blocks=report.blocks,
+        bytes=report.size_bytes,
+        duration_s=report.duration_s,
+    )
+
+
+def pull_report_from_pb(message: verifier_pb2.KvPull) -> PullReport:
+    """Convert back; an outcome of a newer protocol counts as failed."""
+    return PullReport(
+        message.session,
+        message.epoch,
+        _PULL_BACK.get(message.outcome, PullOutcome.FAILED),
+        message.blocks,
+        message.bytes,
+        message.duration_s,
+    )
+
+
+def kv_geometry_to_pb(geometry: KvGeometry) -> kv_pb2.KvGeometry:
+    """Convert what KV looks like."""
+    return kv_pb2.KvGeometry(
+        model_fingerprint=geometry.model_fingerprint,
+        layout=geometry.layout,
+        dtype=geometry.dtype,
+        layers=geometry.layers,
+        kv_heads=geometry.kv_heads,
+        head_dim=geometry.head_dim,
+        block_tokens=geometry.block_tokens,
+    )
+
+
+def kv_geometry_from_pb(message: kv_pb2.KvGeometry) -> KvGeometry:
+    """Convert back."""
+    return KvGeometry(
+        message.model_fingerprint,
+        message.layout,
+        message.dtype,
+        message.layers,
+        message.kv_heads,
+        message.head_dim,
+        message.block_tokens,
+    )
+
+
+def kv_chunk_to_pb(chunk: KvChunk) -> kv_pb2.KvChunk:
+    """Convert some bytes of a block."""
+    return kv_pb2.KvChunk(
+        block=chunk.block, offset=chunk.offset, data=chunk.data, checksum=chunk.checksum
+    )
+
+
+def kv_chunk_from_pb(message: kv_pb2.KvChunk) -> KvChunk:
+    """Convert back; nothing is checked."""
+    return KvChunk(message.block, message.offset, message.data, message.checksum)
+
+
 # --- opening ----------------------------------------------------------------------------------
 
 
@@ -466,6 +563,7 @@ def session_to_pb(spec: SessionSpec) -> verifier_pb2.OpenSession:
         cache_salt=spec.cache_salt,
         candidates=spec.candidates,
         origin=origin_to_pb(spec.origin),
+        kv_peer=None if spec.kv_peer is None else kv_peer_to_pb(spec.kv_peer),
     )
 
 
@@ -486,6 +584,7 @@ def session_from_pb(message: verifier_pb2.OpenSession) -> SessionSpec:
         cache_salt=message.cache_salt,
         candidates=message.candidates,
         origin=origin_from_pb(message.origin),
+        kv_peer=kv_peer_from_pb(message.kv_peer) if message.HasField("kv_peer") else None,
     )
 
 

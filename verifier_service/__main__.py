@@ -67,6 +67,21 @@ from verifier_service.config import EngineConfig, VerifierConfig
     help="Seconds that a grammar may take to compile; others are refused.",
 )
 @click.option(
+    "--kv-pull/--no-kv-pull",
+    default=EngineConfig.kv_pull,
+    show_default=True,
+    help="Fetch KV from other verifiers where that is quicker than computing it, and let them"
+    " fetch.",
+)
+@click.option(
+    "--kv-pull-wait",
+    "kv_pull_wait_s",
+    type=click.FloatRange(min=0, max=60, min_open=True),
+    default=EngineConfig.kv_pull_wait_s,
+    show_default=True,
+    help="Seconds that a session waits at most for KV of another verifier.",
+)
+@click.option(
     "--step-delay",
     "step_delay_s",
     type=click.FloatRange(min=0),
@@ -84,6 +99,8 @@ def command(
     step_nodes_max: int,
     prefill_tokens_max: int,
     grammar_timeout_s: float,
+    kv_pull: bool,
+    kv_pull_wait_s: float,
     step_delay_s: float,
     warm_up: bool,
     worker_id: str | None,
@@ -107,6 +124,8 @@ def command(
             step_nodes_max=step_nodes_max,
             prefill_tokens_max=prefill_tokens_max,
             grammar_timeout_s=grammar_timeout_s,
+            kv_pull=kv_pull,
+            kv_pull_wait_s=kv_pull_wait_s,
             step_delay_s=step_delay_s,
             warm_up=warm_up,
         ),

@@ -53,6 +53,8 @@ async def _serve(config: VerifierConfig, spans: Tracing | None) -> None:
         incarnation=incarnation,
         sessions_max=config.engine.sessions_max,
         grammar_timeout_s=config.engine.grammar_timeout_s,
+        kv_serves_max=config.engine.kv_serves_max,
+        tls=config.tls,
         tracing=spans,
     )
     engine = Engine(model, config.engine, service.emit)

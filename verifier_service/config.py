@@ -31,6 +31,14 @@ class EngineConfig:
     """Draft messages that may wait for the next step; later ones are dropped."""
     grammar_timeout_s: float = 5.0
     """A session whose grammar takes longer to compile is refused."""
+    kv_pull: bool = True
+    """Fetch KV from other verifiers where that is quicker than computing it, and let them fetch."""
+    kv_pull_wait_s: float = 5.0
+    """A session waits no longer than this for KV of a peer."""
+    kv_pulls_max: int = 4
+    """Fetches at once; other sessions compute."""
+    kv_serves_max: int = 2
+    """Peers served at once; others are refused."""
     step_delay_s: float = 0.0
     """Added to each step: gives a tiny model the step time of a large one, for tests."""
     warm_up: bool = True

@@ -44,12 +44,17 @@ from verifier_service.messages import (
     Command,
     Disconnect,
     Drain,
+    GiveBack,
+    Lend,
     Offer,
     Open,
     Outputs,
+    PulledBlock,
+    PullOver,
     Repeat,
 )
 from verifier_service.planning import Planner, RowPlan, Seat, kv_read
+from verifier_service.pulls import Pulls
 from verifier_service.sampling_step import (
     Sampled,
     candidates_of,
@@ -62,6 +67,10 @@ from verifier_service.step_times import StepTimes
 _IDLE_WAIT_S = 0.5
 _ENDED_KEPT_MAX = 1_024
 _WARM_UP_CONTEXT = 64
+_PULL_SHARE = 0.1
+"""Of a step, that blocks from peers may take up beside it."""
+_PULL_WAIT_S = 0.01
+"""Between looks at what comes from peers while there is nothing else to do."""
 
 _log = logging.getLogger(__name__)
 
@@ -120,6 +129,10 @@ class Engine:
         )
         self._calibrations = Calibrations()
         self._planner = Planner(self.pool, self.times, config, self._calibrations)
+        self.pulls = Pulls(self.pool, self.times, config)
+        """KV that peers have computed."""
+        self._step_s = 0.0
+        """Duration of the last step."""
         self._thread: Executor | None = None
         self._ended_run: Future[None] | None = None
         self.pulse = Pulse()
@@ -149,8 +162,12 @@ class Engine:
     def submit(self, command: Command) -> None:
         """Queue a command; drafts are dropped when too many wait.
 
-        A draft that comes while the model computes is merged at once, by the caller.
+        A draft that comes while the model computes is merged at once, by the caller; what peers
+        borrow is looked up then as well.
         """
+        if isinstance(command, Lend | GiveBack):
+            self._submit_loan(command)
+            return
         if isinstance(command, Offer) and self._computing.acquire(blocking=False):
             try:
                 # In the order of arrival: its session may still wait to be opened.
@@ -164,6 +181,15 @@ class Engine:
             session = self._session_of(command.connection, command.session)
             if session is not None:
                 session.drop_unread("queue_full")
+
+    def _submit_loan(self, command: Lend | GiveBack) -> None:
+        with self._computing:
+            if self._lent:
+                # The model reads its sessions' tables meanwhile, and not the books of the pool.
+                self._apply_safely(command)
+                return
+        if not self._inbox.put(command) and isinstance(command, Lend):
+            command.reply(None)
 
     def _evicts(self, offer: Offer) -> bool:
         """True if merging a draft may cost the tree nodes, which a step may be verifying."""
@@ -233,9 +259,12 @@ class Engine:
                 self.pulse.beat()
                 for command in self._inbox.take_all(wait_s=wait_s):
                     self._apply_safely(command)
-                if self._seats:
-                    self._step()
-                wait_s = 0.0 if self._seats else _IDLE_WAIT_S
+                if self.pulls.active:
+                    self._settle_pulls()
+                # Whoever waits for a peer computes nothing, and keeps nobody busy.
+                working = any(not seat.pulling for seat in self._seats.values())
+                stepped = working and self._step()
+                wait_s = 0.0 if stepped else _PULL_WAIT_S if self._seats else _IDLE_WAIT_S
                 self._flush()
         finally:
             for seat in list(self._seats.values()):
@@ -280,6 +309,29 @@ class Engine:
                         self._close(seat)
             case Drain():
                 self._draining = True
+            case Lend() | GiveBack() | PulledBlock() | PullOver():
+                self._exchange(command)
+
+    def _exchange(self, command: Lend | GiveBack | PulledBlock | PullOver) -> None:
+        """Apply what has to do with KV of other verifiers."""
+        match command:
+            case Lend(digest, reply):
+                block = self.pool.blocks.share(digest)
+                if not reply(block) and block is not None:
+                    self.pool.blocks.release([block])
+            case GiveBack(block):
+                self.pool.blocks.release([block])
+            case PulledBlock():
+                self.pulls.came(command)
+            case PullOver():
+                self.pulls.over(command, time.perf_counter())
+
+    def _settle_pulls(self) -> None:
+        """Take in what has come from peers: beside sessions that compute, a little at a time."""
+        working = any(not seat.pulling for seat in self._seats.values())
+        budget_s = _PULL_SHARE * self._step_s if working else float("inf")
+        for connection, report in self.pulls.settle(time.perf_counter, budget_s):
+            self._to(connection).kv_pulls.append(report)
 
     def _open(self, connection: int, spec: SessionSpec) -> None:
         known = self._seats.get(spec.session)
@@ -322,8 +374,11 @@ class Engine:
             tree_depth_max=self._config.tree_depth_max,
             calibrations=self._calibrations,
         )
-        self._seats[spec.session] = Seat(session, decider)
+        seat = self._seats[spec.session] = Seat(session, decider)
         self._to(connection).opened.append((spec.session, spec.epoch))
+        report = self.pulls.consider(seat, self._seats.values(), time.perf_counter())
+        if report is not None:
+            self._to(connection).kv_pulls.append(report)
 
     def _grammar(self, spec: SessionSpec) -> GrammarState | None:
         grammar = spec.sampling.grammar
@@ -360,12 +415,14 @@ class Engine:
         self._to(connection).commits.append((resync.session, commit, report))
 
     def _close(self, seat: Seat) -> None:
+        self.pulls.leave(seat)
         seat.session.cache.release()
         del self._seats[seat.session.spec.session]
 
     # --- a verify step ---
 
-    def _step(self) -> None:
+    def _step(self) -> bool:
+        """Compute something; False if all that could be computed waits for KV from peers."""
         plans: list[RowPlan] = []
         try:
             plans = self._planner.plan(self._seats.values())
@@ -373,7 +430,9 @@ class Engine:
             for seat, error in refused:
                 self._fail(seat, RejectionCode.INVALID, error)
             if refused and not plans:
-                return
+                return True
+            if not plans and any(seat.pulling for seat in self._seats.values()):
+                return False
             assert plans, "the session admitted first always computes something"
             started = time.perf_counter()
             logits = self._forward([plan.row() for plan in plans])
@@ -382,10 +441,10 @@ class Engine:
             _log.exception("verify step failed; its sessions end")
             for seat in [plan.seat for plan in plans] or list(self._seats.values()):
                 self._fail(seat)
-            return
+            return True
         if self._config.step_delay_s:
             time.sleep(self._config.step_delay_s)
-        duration_s = time.perf_counter() - started
+        duration_s = self._step_s = time.perf_counter() - started
         tokens = sum(plan.size for plan in plans)
         rows = sum(plan.decodes for plan in plans)
         prefill = sum(plan.size for plan in plans if plan.prefills)
@@ -404,7 +463,7 @@ class Engine:
             rows=rows,
             tokens=tokens,
             kv_tokens_used=self.pool.tokens_used,
-            waiting=sum(seat.waiting for seat in self._seats.values()),
+            waiting=sum(seat.waiting and not seat.pulling for seat in self._seats.values()),
             plain_s=plain_s,
             started_s=started,
             pay_min=min(1.0, self._calibrations.pay_min),
@@ -415,6 +474,7 @@ class Engine:
         connections |= {seat.session.connection for seat in self._seats.values()}
         for connection in connections:
             self._to(connection).step = report
+        return True
 
     def _forward(self, rows: Sequence[Row]) -> Logits:
         """Run the model; sessions are lent to `submit` for as long."""

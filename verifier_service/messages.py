@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TypeAlias
 
@@ -10,7 +11,10 @@ from outrider.domain import (
     Commit,
     CommitReport,
     Draft,
+    KvPeer,
     PromptLogprobs,
+    PullOutcome,
+    PullReport,
     Rejection,
     Resync,
     SessionSpec,
@@ -65,7 +69,68 @@ class Drain:
     """Refuse new sessions from now on."""
 
 
-Command: TypeAlias = Open | Offer | Repeat | Abort | Disconnect | Drain
+@dataclass(frozen=True, slots=True)
+class Lend:
+    """A peer's request for a block; it is held until it is given back."""
+
+    digest: bytes
+    reply: Callable[[int | None], bool]
+    """Takes the block's number, or None if there is no such block; False: nobody waits any more."""
+
+
+@dataclass(frozen=True, slots=True)
+class GiveBack:
+    """A lent block is needed no longer."""
+
+    block: int
+
+
+@dataclass(frozen=True, slots=True)
+class PulledBlock:
+    """A block has come from a peer; those of a pull come in order."""
+
+    pull: int
+    data: bytearray
+    taken: Callable[[], None]
+    """To be called once the data is needed no longer."""
+
+
+@dataclass(frozen=True, slots=True)
+class PullOver:
+    """A pull has ended, all that has come having been told of."""
+
+    pull: int
+    outcome: PullOutcome
+    first_s: float
+    """Until the peer answered; 0 if it did not."""
+    took_s: float
+    size_bytes: int
+
+
+Command: TypeAlias = (
+    Open | Offer | Repeat | Abort | Disconnect | Drain | Lend | GiveBack | PulledBlock | PullOver
+)
+
+
+@dataclass(frozen=True, slots=True)
+class PullOrder:
+    """From the engine's thread to the edge: fetch these blocks."""
+
+    pull: int
+    peer: KvPeer
+    digests: tuple[bytes, ...]
+    wait_s: float
+    """It is of no use later than this."""
+
+
+@dataclass(frozen=True, slots=True)
+class CallOff:
+    """From the engine's thread to the edge: what a pull brings is of no use any more."""
+
+    pull: int
+
+
+Errand: TypeAlias = PullOrder | CallOff
 
 
 @dataclass(slots=True)
@@ -80,4 +145,5 @@ class Outputs:
     """Of the step that made a session's commit, for sessions that asked for them."""
     prompt_logprobs: list[PromptLogprobs] = field(default_factory=list)
     """Before the first commit of their sessions."""
+    kv_pulls: list[PullReport] = field(default_factory=list)
     step: StepReport | None = None

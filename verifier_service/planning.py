@@ -32,6 +32,8 @@ class Seat:
     decider: Decider
     waiting: bool = True
     """It computes nothing, and holds at most blocks that it found computed by others."""
+    pulling: bool = False
+    """Moreover, it waits for blocks that a peer has computed; see `verifier_service.pulls`."""
     preemptions: int = 0
 
 
@@ -121,6 +123,8 @@ class Planner:
         decoding = []
         queued = False
         for index, seat in enumerate(seats):
+            if seat.pulling:
+                continue
             if len(seat.session.pending) != 1 or (seat.waiting and queued):
                 queued |= seat.waiting
                 continue
@@ -157,7 +161,7 @@ class Planner:
             if left <= 0:
                 break
             session = seat.session
-            if not seat.waiting and len(session.pending) == 1:
+            if seat.pulling or (not seat.waiting and len(session.pending) == 1):
                 continue
             if seat.waiting and (blocked or not self._can_start(seat, seats[:index])):
                 # In the order of admission: nobody overtakes one that waits for room.

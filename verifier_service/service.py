@@ -11,6 +11,7 @@ from typing import Any
 import grpc.aio
 
 from outrider import wire
+from outrider.config import Tls
 from outrider.domain import Grammar, ModelInfo, Rejection, RejectionCode, SessionSpec
 from outrider.errors import InvalidRequest
 from outrider.serving.queues import Mailbox
@@ -20,11 +21,18 @@ from outrider.serving.worker_edge import WorkerEdge
 from outrider.v1 import types_pb2, verifier_pb2, verifier_pb2_grpc, worker_pb2_grpc
 from verifier_service.accounts import Accounts
 from verifier_service.admission import reject
+from verifier_service.config import EngineConfig
 from verifier_service.engine import Engine
 from verifier_service.grammar_gate import GrammarGate, GrammarModel, Verdict
+from verifier_service.kv_fetching import KvFetching
+from verifier_service.kv_serving import KvServing
 from verifier_service.messages import Abort, Disconnect, Drain, Offer, Open, Outputs, Repeat
 
-SERVICE_NAMES = ("outrider.v1.VerifierService", "outrider.v1.WorkerService")
+SERVICE_NAMES = (
+    "outrider.v1.VerifierService",
+    "outrider.v1.WorkerService",
+    "outrider.v1.KvService",
+)
 _CHUNK_BYTES = 1 << 20
 
 _log = logging.getLogger(__name__)
@@ -48,7 +56,7 @@ class _Held:
 class VerifierService(
     WorkerEdge[verifier_pb2.VerifyRequest, Outputs], verifier_pb2_grpc.VerifierServiceServicer
 ):
-    """Servicer of VerifierService and WorkerService."""
+    """Servicer of VerifierService and WorkerService, and what serves KvService."""
 
     def __init__(
         self,
@@ -58,9 +66,16 @@ class VerifierService(
         incarnation: str,
         sessions_max: int,
         grammar_timeout_s: float,
+        kv_serves_max: int = EngineConfig.kv_serves_max,
+        tls: Tls | None = None,
         tracing: Tracing | None = None,
     ) -> None:
+        """`tls` is shown to other verifiers, too."""
         super().__init__(info, incarnation=incarnation, sessions_max=sessions_max)
+        self._kv_serves_max, self._tls = kv_serves_max, tls
+        self.kv_fetching: KvFetching | None = None
+        self.kv_serving: KvServing | None = None
+        """Both None where KV is not exchanged."""
         self._accounts = Accounts(tracing)
         self._tokenizer_files = tokenizer_files
         self._gate = GrammarGate(
@@ -75,12 +90,23 @@ class VerifierService(
     def attach(self, engine: Engine) -> None:
         """Name the engine that serves; it was built with `emit` as its callback."""
         self._engine = engine
+        memory = engine.pulls.bytes
+        if memory is not None:
+            incarnation = self._incarnation
+            self.kv_fetching = KvFetching(engine, memory, incarnation=incarnation, tls=self._tls)
+            self.kv_serving = KvServing(
+                engine, memory, incarnation=incarnation, serves_max=self._kv_serves_max
+            )
 
     async def close(self) -> None:
-        """End the processes in which grammars are tried."""
+        """End what goes on beside the streams: trials of grammars, KV from and for peers."""
         for held in list(self._held.values()):
             self._let_go(held)
         await self._gate.close()
+        if self.kv_fetching is not None:
+            await self.kv_fetching.close()
+        if self.kv_serving is not None:
+            self.kv_serving.close()
 
     @property
     def grammar_gate(self) -> GrammarGate:
@@ -93,7 +119,9 @@ class VerifierService(
         return self._engine
 
     def register(self, server: Server) -> None:
-        """Serve both services on `server`."""
+        """Serve all of it on `server`."""
+        if self.kv_serving is not None:
+            self.kv_serving.register(server)
         verifier_pb2_grpc.add_VerifierServiceServicer_to_server(self, server.grpc)
         worker_pb2_grpc.add_WorkerServiceServicer_to_server(self, server.grpc)
 
@@ -247,6 +275,7 @@ def _response(batch: list[Outputs | None], draining: bool) -> _Response:
         for session, epoch in output.opened:
             response.opened.add(session=session, epoch=epoch)
         response.rejections.extend(wire.rejection_to_pb(r) for r in output.rejections)
+        response.kv_pulls.extend(wire.pull_report_to_pb(report) for report in output.kv_pulls)
         response.prompt_logprobs.extend(
             wire.prompt_logprobs_to_pb(piece) for piece in output.prompt_logprobs
         )

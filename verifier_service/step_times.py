@@ -222,6 +222,11 @@ class StepTimes:
         duration_s = math.exp(self._log_scale + knot.log_ratio)
         return duration_s + self._kv_slope.value * (self._kv_tokens - knot.kv_tokens)
 
+    @property
+    def measured(self) -> bool:
+        """True once a step was observed."""
+        return bool(self._decoding.knots or self._mixed.knots)
+
     def predict(
         self, tokens: int, *, kv_tokens: int | None = None, prefill_tokens: int = 0
     ) -> float:

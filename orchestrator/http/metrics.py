@@ -71,6 +71,11 @@ NAMES: Mapping[str, str] = {
     " in time, late, or (being slow) not waited for?",
     "kvindex_lookup_seconds": "How long does such an answer take?",
     "kvindex_degraded": "Is placement going on without knowing who holds what?",
+    "kv_pulls_total": "How often might a verifier have fetched a prompt's KV from another, and what"
+    " came of it?",
+    "kv_pulled_tokens_total": "How many tokens were fetched instead of computed?",
+    "kv_pulled_bytes_total": "How many bytes of KV is that?",
+    "kv_pull_seconds": "How long does a session wait for KV of another verifier?",
     "engine_silence_seconds": "For how long has a verifier with sessions taken no step?",
     "workers": "How many workers are known, by role and state?",
     "draining": "Is this orchestrator about to stop?",
@@ -114,6 +119,7 @@ class Exposition(Collector):
         yield from self._of_speculation(counters)
         yield from self._of_workers(counters)
         yield from self._of_the_index()
+        yield from self._of_pulls()
         yield from self._of_sizes()
         if self._vllm_names:
             yield from self._under_vllm_names(counters)
@@ -129,6 +135,14 @@ class Exposition(Collector):
         name = "kvindex_lookup_seconds"
         yield _histogram(PREFIX + name, NAMES[name], took_s)
         yield _gauge("kvindex_degraded", [], [((), float(lookup is not None and lookup.slow))])
+
+    def _of_pulls(self) -> Iterator[Metric]:
+        meters = self._driver.meters
+        yield _counter("kv_pulls_total", "outcome", meters.kv_pulls.items())
+        yield _counter("kv_pulled_tokens_total", "", [("", meters.kv_pulled_tokens)])
+        yield _counter("kv_pulled_bytes_total", "", [("", meters.kv_pulled_bytes)])
+        name = "kv_pull_seconds"
+        yield _histogram(PREFIX + name, NAMES[name], meters.kv_pull_s)
 
     def _of_requests(self) -> Iterator[Metric]:
         meters = self._driver.meters

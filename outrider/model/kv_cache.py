@@ -25,7 +25,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from outrider.kv_blocks import BLOCK_TOKENS, BlockPool, block_hash, chain_root
+from outrider.kv_blocks import BLOCK_TOKENS, BlockPool, block_hash, chain_hashes, chain_root
 
 KV_LAYOUT = "layer-kv-slot-head-2"
 """Name of the layout above: part of the model fingerprint, since KV of another cannot be used."""
@@ -50,9 +50,12 @@ class KvLayout:
 class KvPool:
     """The KV budget of a model: memory and the books about it."""
 
+    shared_out = False
+    """Other processes hold parts of each block."""
+
     def __init__(self, layout: KvLayout, tokens_max: int, model_fingerprint: str = "") -> None:
         self.layout = layout
-        self._model_fingerprint = model_fingerprint
+        self.model_fingerprint = model_fingerprint
         self.blocks = BlockPool(-(-tokens_max // BLOCK_TOKENS))
         self.tokens_adopted = 0
         """Tokens that sessions shared so far instead of computing them."""
@@ -81,7 +84,7 @@ class KvPool:
 
         Caches with the same salt share equal prefixes; None: this one shares nothing.
         """
-        root = None if salt is None else chain_root(self._model_fingerprint, salt)
+        root = None if salt is None else chain_root(self.model_fingerprint, salt)
         return SessionCache(self, root)
 
     def move(self, sources: npt.NDArray[np.int64], targets: npt.NDArray[np.int64]) -> None:
@@ -209,6 +212,12 @@ class SessionCache:
             return None
         parent = self._hashes[-1] if self._hashes else self._chain_root
         return block_hash(parent, tokens[begin : begin + BLOCK_TOKENS])
+
+    def shareable_hashes(self, tokens: Sequence[int], blocks_max: int) -> list[bytes]:
+        """Return the hashes of a text's first blocks that may be shared; none if it shares none."""
+        if self._chain_root is None:
+            return []
+        return chain_hashes(self._chain_root, tokens, blocks_max)
 
     def publish(self, tokens: Sequence[int]) -> None:
         """Let others share the prefix's full blocks; `tokens` are the session's from the first."""

@@ -263,6 +263,8 @@ class ShardedModel(TransformersModel):
 class _LedPool(KvPool):
     """The leader's pool: what happens to it happens to its followers' too."""
 
+    shared_out = True
+
     def __init__(self, model: ShardedModel, pool: KvPool, number: int) -> None:
         # Takes over the memory of a plain pool.
         self.__dict__.update(pool.__dict__)

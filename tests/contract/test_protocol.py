@@ -113,7 +113,8 @@ async def test_liveness_and_readiness_differ(target, helper):
 async def test_reflection_lists_what_is_served(target, helper):
     common = {"grpc.health.v1.Health", "grpc.reflection.v1alpha.ServerReflection"}
     worker = common | {"outrider.v1.WorkerService"}
-    assert await services_at(target.address) == worker | {"outrider.v1.VerifierService"}
+    verifier = {"outrider.v1.VerifierService", "outrider.v1.KvService"}
+    assert await services_at(target.address) == worker | verifier
     assert await services_at(helper.address) == worker | {"outrider.v1.DrafterService"}
     async with orchestrator([target.address]) as running:
         assert await services_at(running.address) == common | {"outrider.v1.GenerationService"}

@@ -44,12 +44,15 @@ def test_every_port_is_covered_by_a_policy_and_no_policy_is_idle(overlay: str) -
         assert any(selects(policy["spec"]["podSelector"], one.labels) for one in found)
 
 
-@pytest.mark.parametrize(("role", "port"), [("verifier", 7000), ("drafter", 7001)])
-def test_only_orchestrators_reach_workers(overlay: str, role: str, port: int) -> None:
+@pytest.mark.parametrize(
+    ("role", "port", "callers"),
+    [("verifier", 7000, {"orchestrator", "verifier"}), ("drafter", 7001, {"orchestrator"})],
+)
+def test_who_reaches_workers(overlay: str, role: str, port: int, callers: set[str]) -> None:
     labels = {one.labels["app.kubernetes.io/component"]: one.labels for one in workloads(overlay)}
     for name, source in {**labels, "stranger": STRANGER, "client": CLIENT}.items():
         may = _may_enter(overlay, source, labels[role], port)
-        assert may is (name == "orchestrator"), f"{name} to {role}"
+        assert may is (name in callers), f"{name} to {role}"
         if name in labels:
             assert _may_leave(overlay, source, labels[role], port) is may, f"{name} to {role}"
 

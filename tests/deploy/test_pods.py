@@ -285,7 +285,7 @@ def test_the_local_overlay_fits_two_cores_and_4_gib(overlay: str) -> None:
 def _registered(role: str) -> set[str]:
     """Names under which a worker reports its health; importing it would load torch."""
     source = (ROOT / f"{role}_service" / "service.py").read_text()
-    (names,) = re.findall(r"^SERVICE_NAMES = (.*)$", source, re.M)
+    (names,) = re.findall(r"^SERVICE_NAMES = (\(.*?\))$", source, re.M | re.S)
     return set(ast.literal_eval(names))
 
 

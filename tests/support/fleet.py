@@ -40,7 +40,6 @@ from outrider.serving.telemetry import Tracing
 from outrider.v1 import (
     drafter_pb2_grpc,
     generation_pb2_grpc,
-    verifier_pb2_grpc,
     worker_pb2_grpc,
 )
 from tests.support.flat_times import FlatTimes
@@ -107,13 +106,13 @@ async def verifier(
         incarnation=secrets.token_hex(8),
         sessions_max=config.sessions_max,
         grammar_timeout_s=config.grammar_timeout_s,
+        kv_serves_max=config.kv_serves_max,
         tracing=tracing,
     )
     engine = Engine(model, config, service.emit, rule=rule, times=times or FlatTimes())
     service.attach(engine)
     server = Server(VERIFIER_NAMES, host="127.0.0.1", port=port)
-    verifier_pb2_grpc.add_VerifierServiceServicer_to_server(service, server.grpc)
-    worker_pb2_grpc.add_WorkerServiceServicer_to_server(service, server.grpc)
+    service.register(server)
     engine.start()
     address = await server.start()
     await server.set_ready(True)

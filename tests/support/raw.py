@@ -15,6 +15,7 @@ from outrider.domain import (
     Commit,
     Draft,
     DraftBudget,
+    PullReport,
     SamplingParams,
     SessionSpec,
 )
@@ -72,6 +73,8 @@ class VerifierStream:
         self.commits: dict[int, list[Commit]] = {}
         self.reports: dict[int, types_pb2.CommitReport] = {}
         """Latest by session."""
+        self.pulls: list[PullReport] = []
+        """What became of fetching KV from peers; signs of life left out."""
         self.draining = False
 
     async def send(self, **parts: Any) -> None:
@@ -95,6 +98,8 @@ class VerifierStream:
             self.opened += [(opened.session, opened.epoch) for opened in response.opened]
             self.rejections += [wire.rejection_from_pb(r) for r in response.rejections]
             self.draining |= response.draining
+            pulls = [wire.pull_report_from_pb(pull) for pull in response.kv_pulls]
+            self.pulls += [pull for pull in pulls if pull.outcome is not None]
             for row in response.commits:
                 commit = wire.commit_from_bytes(row.commit)
                 assert commit is not None
