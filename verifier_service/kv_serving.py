@@ -56,7 +56,8 @@ class KvServing(kv_pb2_grpc.KvServiceServicer):
         """Peers that are being served."""
         return self._serving
 
-    async def FetchBlocks(
+    # The stubs know generators only, which are not told at once that their reader has left.
+    async def FetchBlocks(  # type: ignore[override]
         self,
         request: kv_pb2.FetchBlocksRequest,
         context: grpc.aio.ServicerContext[Any, Any],

@@ -43,7 +43,7 @@ class BlockBytes:
             copy = np.ascontiguousarray(self._plain[:, :, slots])
         else:
             copy = self._buffer[:, :, slots].contiguous().cpu().view(torch.uint8).numpy()
-        return memoryview(copy.reshape(-1))
+        return copy.reshape(-1).data
 
     def write(self, block: int, data: bytes | bytearray) -> None:
         """Fill a block that nobody else uses. Raises ValueError if the size is another."""

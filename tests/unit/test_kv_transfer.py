@@ -68,7 +68,7 @@ def test_a_changed_byte_is_noticed(number: int, place: int, change: int) -> None
 
 @pytest.mark.parametrize(
     "order",
-    [[1, 0], [0, 0], [0, 2], [0, 1, 2, 4], [4], list(range(12)) + [11]],
+    [[1, 0], [0, 0], [0, 2], [0, 1, 2, 4], [4], [*range(12), 11]],
     ids=["swapped", "twice", "left out", "end left out", "another block", "too many"],
 )
 def test_what_is_not_in_its_place_is_noticed(order: list[int]) -> None:
