@@ -454,11 +454,11 @@ class Driver:
                 continue
             running.heard_s = running.progress_s = now_s
             self.meters.pulled(pull)
-            if pull.outcome is None or pull.outcome is PullOutcome.DECLINED:
+            if pull.outcome is PullOutcome.DECLINED:
                 continue
             # How long it takes from here to the first commit says nothing of prefill.
             running.prefill_began_s = None
-            if running.trace is not None:
+            if running.trace is not None and pull.outcome is not None:
                 outcome, blocks = pull.outcome.value, pull.blocks
                 running.trace.decided(now_s, "KV pulled", outcome=outcome, blocks=blocks)
 

@@ -11,6 +11,7 @@ step's outputs leave through one callback. The engine knows nothing of gRPC, Red
 from __future__ import annotations
 
 import logging
+import math
 import threading
 import time
 from collections import OrderedDict
@@ -257,18 +258,23 @@ class Engine:
             wait_s = _IDLE_WAIT_S
             while not self._inbox.closed:
                 self.pulse.beat()
-                for command in self._inbox.take_all(wait_s=wait_s):
-                    self._apply_safely(command)
-                if self.pulls.active:
-                    self._settle_pulls()
-                # Whoever waits for a peer computes nothing, and keeps nobody busy.
-                working = any(not seat.pulling for seat in self._seats.values())
-                stepped = working and self._step()
-                wait_s = 0.0 if stepped else _PULL_WAIT_S if self._seats else _IDLE_WAIT_S
-                self._flush()
+                wait_s = self._turn(wait_s)
         finally:
             for seat in list(self._seats.values()):
                 self._close(seat)
+
+    def _turn(self, wait_s: float) -> float:
+        """Wait so long for commands, apply them, compute; returns how long to wait next time."""
+        for command in self._inbox.take_all(wait_s=wait_s):
+            self._apply_safely(command)
+        # Whoever waits for a peer computes nothing, and keeps nobody busy.
+        working = any(not seat.pulling for seat in self._seats.values())
+        if self.pulls.active:
+            self._settle_pulls(_PULL_SHARE * self._step_s if working else math.inf)
+            working = any(not seat.pulling for seat in self._seats.values())
+        stepped = working and self._step()
+        self._flush()
+        return 0.0 if stepped else _PULL_WAIT_S if self._seats else _IDLE_WAIT_S
 
     def _apply_safely(self, command: Command) -> None:
         try:
@@ -326,10 +332,8 @@ class Engine:
             case PullOver():
                 self.pulls.over(command, time.perf_counter())
 
-    def _settle_pulls(self) -> None:
+    def _settle_pulls(self, budget_s: float) -> None:
         """Take in what has come from peers: beside sessions that compute, a little at a time."""
-        working = any(not seat.pulling for seat in self._seats.values())
-        budget_s = _PULL_SHARE * self._step_s if working else float("inf")
         for connection, report in self.pulls.settle(time.perf_counter, budget_s):
             self._to(connection).kv_pulls.append(report)
 

@@ -50,7 +50,7 @@ class KvFetching:
         self._engine, self._memory, self._tls = engine, memory, tls
         self._loop = asyncio.get_running_loop()
         self._window = max(2, WINDOW_BYTES // memory.block_bytes)
-        self._tasks: dict[int, asyncio.Task[None]] = {}
+        self._tasks: dict[int, asyncio.Task[PullOutcome]] = {}
         engine.pulls.connect(self.send, incarnation)
 
     @property
@@ -74,40 +74,45 @@ class KvFetching:
     def _run(self, errand: Errand) -> None:
         match errand:
             case PullOrder(pull):
-                task = self._loop.create_task(self._fetch(errand), name=f"kv-pull-{pull}")
+                trip = _Trip(self._loop.time())
+                task = self._loop.create_task(self._fetch(errand, trip), name=f"kv-pull-{pull}")
                 self._tasks[pull] = task
-                task.add_done_callback(lambda _: self._tasks.pop(pull))
+                # A callback, since a task that is cancelled early runs none of its code.
+                task.add_done_callback(lambda task: self._back(pull, trip, task))
             case CallOff(pull):
-                task_or_none = self._tasks.get(pull)
-                if task_or_none is not None:
-                    task_or_none.cancel()
+                known = self._tasks.get(pull)
+                if known is not None:
+                    known.cancel()
 
-    async def _fetch(self, order: PullOrder) -> None:
-        trip = _Trip(self._loop.time())
-        outcome = PullOutcome.FAILED
+    def _back(self, pull: int, trip: _Trip, task: asyncio.Task[PullOutcome]) -> None:
+        del self._tasks[pull]
+        outcome = PullOutcome.SLOW if task.cancelled() else task.result()
+        took_s = self._loop.time() - trip.began_s
+        self._engine.submit(PullOver(pull, outcome, trip.first_s, took_s, trip.size_bytes))
+
+    async def _fetch(self, order: PullOrder, trip: _Trip) -> PullOutcome:
+        """Run an errand; raises nothing."""
+        address = order.peer.address
         try:
             async with asyncio.timeout(order.wait_s):
-                outcome = await self._bring(order, trip)
-        except (TimeoutError, asyncio.CancelledError):
-            outcome = PullOutcome.SLOW
+                return await self._bring(order, trip)
+        except TimeoutError:
+            return PullOutcome.SLOW
         except CorruptKv as error:
-            outcome = PullOutcome.CORRUPT
-            _log.error("KV of %s is thrown away: %s", order.peer.address, error)
+            _log.error("KV of %s is thrown away: %s", address, error)
+            return PullOutcome.CORRUPT
         except (Mismatch, ConfigError) as error:
-            outcome = PullOutcome.REFUSED
-            _log.warning("KV of %s does not fit: %s", order.peer.address, error)
+            _log.warning("KV of %s does not fit: %s", address, error)
+            return PullOutcome.REFUSED
         except grpc.aio.AioRpcError as error:
-            outcome = _outcome_of(error)
-            _log.info("KV of %s: %s", order.peer.address, error.details())
+            _log.info("KV of %s: %s", address, error.details())
+            return _outcome_of(error)
         except Exception:
-            _log.exception("KV of %s could not be fetched", order.peer.address)
-        finally:
-            took_s = self._loop.time() - trip.began_s
-            over = PullOver(order.pull, outcome, trip.first_s, took_s, trip.size_bytes)
-            self._engine.submit(over)
+            _log.exception("KV of %s could not be fetched", address)
+            return PullOutcome.FAILED
 
     async def _bring(self, order: PullOrder, trip: _Trip) -> PullOutcome:
-        """Hand the blocks to the engine one by one. Raises what `_fetch` tells apart."""
+        """Hand the blocks to the engine one by one."""
         async with self._channel(order.peer.address) as channel:
             request = kv_pb2.FetchBlocksRequest(
                 incarnation=order.peer.incarnation,

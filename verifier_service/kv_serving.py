@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import time
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
 from typing import Any
 
 import grpc.aio
@@ -29,6 +30,14 @@ DEADLINE_MAX_S = 60.0
 LEND_WAIT_S = 5.0
 BUSY_SHARE = 0.25
 """Of the time, that blocks are copied out while own sessions are served."""
+
+
+@dataclass(frozen=True, slots=True)
+class _Copy:
+    """A block that was copied out."""
+
+    chunks: list[KvChunk]
+    took_s: float
 
 
 class KvServing(kv_pb2_grpc.KvServiceServicer):
@@ -97,18 +106,16 @@ class KvServing(kv_pb2_grpc.KvServiceServicer):
         await context.write(kv_pb2.FetchBlocksResponse(header=header))
         loop = asyncio.get_running_loop()
         for index, digest in enumerate(request.hashes):
-            began_s = time.perf_counter()
-            chunks = await loop.run_in_executor(self._reader, self._copy, index, digest)
-            took_s = time.perf_counter() - began_s
-            if chunks is None:
+            copy = await loop.run_in_executor(self._reader, self._copy, index, digest)
+            if copy is None:
                 return
-            for chunk in chunks:
+            for chunk in copy.chunks:
                 await context.write(kv_pb2.FetchBlocksResponse(chunk=wire.kv_chunk_to_pb(chunk)))
             self.blocks_served += 1
             if self._engine.load:
-                await asyncio.sleep(took_s * (1.0 / BUSY_SHARE - 1.0))
+                await asyncio.sleep(copy.took_s * (1.0 / BUSY_SHARE - 1.0))
 
-    def _copy(self, index: int, digest: bytes) -> list[KvChunk] | None:
+    def _copy(self, index: int, digest: bytes) -> _Copy | None:
         """Copy a block, on the reader's thread; None if it is not held.
 
         Nothing can come between holding the block and giving it back: a thread is not cancelled.
@@ -116,11 +123,13 @@ class KvServing(kv_pb2_grpc.KvServiceServicer):
         block = self._borrow(digest)
         if block is None:
             return None
+        began_s = time.perf_counter()
         try:
             data = self._memory.read(block)
         finally:
             self._engine.submit(GiveBack(block))
-        return list(chunks_of(index, digest, data))
+        chunks = list(chunks_of(index, digest, data))
+        return _Copy(chunks, time.perf_counter() - began_s)
 
     def _borrow(self, digest: bytes) -> int | None:
         granted: Future[int | None] = Future()

@@ -197,12 +197,12 @@ class Pulls:
                 room = self._take_some(pull, now_s, until_s)
             except Exception:
                 _log.exception("KV of %s could not be taken in", pull.order.peer.address)
-                yield self._end(pull, PullOutcome.FAILED, now_s())
+                yield from self._end(pull, PullOutcome.FAILED, now_s())
                 continue
             if room:
                 yield from self._look(pull, now_s())
             else:
-                yield self._end(pull, PullOutcome.NO_ROOM, now_s())
+                yield from self._end(pull, PullOutcome.NO_ROOM, now_s())
 
     def _take_some(self, pull: _Pull, now_s: Callable[[], float], until_s: float) -> bool:
         """Take in blocks until then, one in any case; False if there is no room for them."""
@@ -215,16 +215,15 @@ class Pulls:
 
     def _look(self, pull: _Pull, now_s: float) -> Iterator[tuple[int, PullReport]]:
         if pull.over is not None and not pull.arrived:
-            yield self._end(pull, pull.over.outcome, now_s)
+            yield from self._end(pull, pull.over.outcome, now_s)
         elif pull.over is None and not pull.plan.still_pays(
             now_s - pull.began_s, pull.arrived_bytes
         ):
             self._errands[pull.order.pull].slow = True
-            yield self._end(pull, PullOutcome.SLOW, now_s)
+            yield from self._end(pull, PullOutcome.SLOW, now_s)
         elif now_s - pull.told_s >= _SIGN_OF_LIFE_S:
             pull.told_s = now_s
-            for seat in pull.seats:
-                yield seat.session.connection, _report(seat.session.spec, None)
+            yield from _signs_of_life(pull.seats)
 
     def _take_in(self, pull: _Pull, arrived: PulledBlock) -> bool:
         """Write a block, publish it and have the sessions adopt it; False if nobody could."""
@@ -272,8 +271,11 @@ class Pulls:
         if pull.over is None and self._send is not None:
             self._send(CallOff(pull.order.pull))
 
-    def _end(self, pull: _Pull, outcome: PullOutcome, now_s: float) -> tuple[int, PullReport]:
+    def _end(
+        self, pull: _Pull, outcome: PullOutcome, now_s: float
+    ) -> Iterator[tuple[int, PullReport]]:
         self._drop(pull)
+        yield from _signs_of_life([seat for seat in pull.seats if seat is not pull.leader])
         session = pull.leader.session
         size_bytes = pull.taken * pull.plan.block_bytes
         report = _report(session.spec, outcome, pull.taken, size_bytes, now_s - pull.began_s)
@@ -292,7 +294,11 @@ class Pulls:
                 "prefill_s": round(pull.plan.prefill_s, 6),
             },
         )
-        return session.connection, report
+        yield session.connection, report
+
+
+def _signs_of_life(seats: Iterable[Seat]) -> Iterator[tuple[int, PullReport]]:
+    return ((seat.session.connection, _report(seat.session.spec, None)) for seat in seats)
 
 
 def _report(

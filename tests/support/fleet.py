@@ -28,6 +28,7 @@ from orchestrator.service import SERVICE_NAMES as ORCHESTRATOR_NAMES
 from orchestrator.service import GenerationService
 from orchestrator.takeover import Takeover
 from outrider.client import AsyncClient
+from outrider.config import Tls
 from outrider.domain import ModelInfo
 from outrider.errors import Unavailable
 from outrider.journal import LeaseStore
@@ -97,6 +98,7 @@ async def verifier(
     times: StepTimes | None = None,
     port: int = 0,
     tracing: Tracing | None = None,
+    tls: Tls | None = None,
 ) -> AsyncIterator[RunningVerifier]:
     """Run a verifier; by default one that verifies whatever it is offered."""
     config = config or EngineConfig(warm_up=False)
@@ -107,11 +109,12 @@ async def verifier(
         sessions_max=config.sessions_max,
         grammar_timeout_s=config.grammar_timeout_s,
         kv_serves_max=config.kv_serves_max,
+        tls=tls,
         tracing=tracing,
     )
     engine = Engine(model, config, service.emit, rule=rule, times=times or FlatTimes())
     service.attach(engine)
-    server = Server(VERIFIER_NAMES, host="127.0.0.1", port=port)
+    server = Server(VERIFIER_NAMES, host="127.0.0.1", port=port, tls=tls)
     service.register(server)
     engine.start()
     address = await server.start()

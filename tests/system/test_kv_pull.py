@@ -9,11 +9,14 @@ from __future__ import annotations
 import asyncio
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
+from unittest.mock import ANY
 
 import grpc
 import grpc.aio
 import pytest
 import pytest_asyncio
+import trustme
 
 from orchestrator.config import DriverConfig
 from orchestrator.http.metrics import Exposition
@@ -25,12 +28,14 @@ from outrider.kv_blocks import BLOCK_TOKENS, chain_hashes, chain_root
 from outrider.kv_transfer import KvChunk, chunk_checksum
 from outrider.model.language_model import LanguageModel
 from outrider.v1 import kv_pb2, kv_pb2_grpc, verifier_pb2
+from tests.support.certificates import identity
 from tests.support.flat_times import FlatTimes
 from tests.support.fleet import TARGET, RunningVerifier, load, orchestrator, until, verifier
 from tests.support.kv_peers import MeddlingPeer, meddling_peer
 from tests.support.raw import session, verifier_stream
 from tests.support.reference import Case, expect
 from verifier_service.config import EngineConfig
+from verifier_service.messages import CallOff, Open, PullOrder, PullOver
 
 PROMPT = bytes(range(32, 122)) * 4
 """360 tokens: 11 blocks that can be shared."""
@@ -42,11 +47,18 @@ Response = kv_pb2.FetchBlocksResponse
 
 
 class CountingTimes(FlatTimes):
-    """Every step is said to take a second; counts the tokens of prompts that were computed."""
+    """Says how long steps take, and counts the tokens of prompts that were computed."""
 
     def __init__(self) -> None:
         super().__init__()
         self.prefilled = 0
+        self.step_s = 1.0
+        """What peers are measured by: even on a busy machine they are quicker."""
+
+    def predict(
+        self, tokens: int, *, kv_tokens: int | None = None, prefill_tokens: int = 0
+    ) -> float:
+        return self.step_s
 
     def observe(
         self, tokens: int, duration_s: float, *, kv_tokens: int = 0, prefill_tokens: int = 0
@@ -266,6 +278,7 @@ async def stall(peer: MeddlingPeer, number: int, answer: Response) -> None:
 async def test_a_transfer_that_breaks_off_keeps_what_came_before(
     pair: Pair, meddle, outcome: PullOutcome
 ) -> None:
+    pair.times.step_s = 0.3  # A quarter of a prefill is waited for in vain.
     async with meddling_peer(pair.there.address, meddle) as (address, _):
         ids, pulls = await pair.ask(pair.peer(address))
     assert ids == IDS
@@ -306,6 +319,7 @@ async def silence(peer: MeddlingPeer, number: int, answer: Response) -> None:
 async def test_a_peer_that_is_not_who_was_meant_costs_time_only(
     pair: Pair, meddle, outcome: PullOutcome
 ) -> None:
+    pair.times.step_s = 0.3  # A quarter of a prefill is waited for in vain.
     async with meddling_peer(pair.there.address, meddle) as (address, peer):
         ids, pulls = await pair.ask(pair.peer(address))
         assert ids == IDS
@@ -534,6 +548,49 @@ async def test_a_peer_serves_a_few_at_once(pair: Pair, monkeypatch: pytest.Monke
     assert outcomes(pulls) == [PullOutcome.REFUSED]
     monkeypatch.setattr(serving, "_serving", 0)
     await pair.idle()
+
+
+async def test_verifiers_show_each_other_certificates(models, tmp_path: Path) -> None:
+    authority, stranger = trustme.CA(), trustme.CA()
+    ours = [identity(authority, tmp_path / name, "127.0.0.1") for name in "ab"]
+    theirs = identity(stranger, tmp_path / "c", "127.0.0.1", trusted=authority)
+    async with verifier(models[0], config=CONFIG, tls=ours[0]) as there:
+        await alone(there)
+        hint = KvPeer(there.address, there.service._incarnation, BLOCKS)
+        for tls, blocks in ((ours[1], BLOCKS), (theirs, 0), (None, 0)):
+            async with verifier(models[1], config=CONFIG, tls=tls) as here:
+                here.engine.times.observe(BLOCK_TOKENS, 1.0)
+                await alone(here, hint)
+                assert here.engine.pulls.tokens_pulled == blocks * BLOCK_TOKENS
+
+
+async def alone(running: RunningVerifier, peer: KvPeer | None = None) -> None:
+    """Have a verifier decode, unheard."""
+    running.engine.submit(Open(1, session(1, PROMPT, kv_peer=peer)))
+
+    async def over() -> bool:
+        return bool(running.engine.steps) and not running.engine.load
+
+    await until(over, what="the end of a session", timeout_s=30.0)
+
+
+async def test_an_errand_that_is_called_off_at_once_is_over_all_the_same(
+    pair: Pair, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Before its task has run a line."""
+    fetching = pair.here.service.kv_fetching
+    assert fetching is not None
+    said: list[object] = []
+    monkeypatch.setattr(pair.here.engine, "submit", said.append)
+    fetching._run(PullOrder(7, pair.peer(), (b"x" * 32,), 1.0))
+    fetching._run(CallOff(7))
+
+    async def back() -> bool:
+        return bool(said)
+
+    await until(back, what="the edge is back")
+    assert said == [PullOver(7, PullOutcome.SLOW, 0.0, ANY, 0)]
+    assert fetching.under_way == 0
 
 
 # --- a whole fleet --------------------------------------------------------------------------------

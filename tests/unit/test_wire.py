@@ -20,8 +20,11 @@ from outrider.domain import (
     Draft,
     DraftBudget,
     FinishReason,
+    KvPeer,
     ModelInfo,
     Origin,
+    PullOutcome,
+    PullReport,
     Rejection,
     RejectionCode,
     Resync,
@@ -103,6 +106,12 @@ rejections = st.builds(
     current_epoch=uint32,
 )
 resyncs = st.builds(Resync, uint64, uint32, uint32, uint32)
+kv_peers = st.builds(
+    KvPeer,
+    address=st.sampled_from(["h:1", "10.0.0.1:7000", "[::1]:7000", "a-b.c_d.example:65535"]),
+    incarnation=st.text("0123456789abcdef", min_size=1, max_size=32),
+    blocks=st.integers(1, (1 << 32) - 1),
+)
 origins = st.builds(
     Origin,
     request_id=st.just("") | st.from_regex(REQUEST_ID, fullmatch=True),
@@ -122,6 +131,7 @@ sessions = st.builds(
     ignore_eos=st.booleans(),
     candidates=st.integers(0, CANDIDATES_MAX),
     origin=origins,
+    kv_peer=st.none() | kv_peers,
 )
 budgets = st.builds(
     DraftBudget,
@@ -254,6 +264,47 @@ def test_step_reports_come_back() -> None:
 
 
 # --- what may be absent -----------------------------------------------------------------------
+
+
+@thorough
+@given(
+    st.builds(
+        PullReport,
+        session=uint64,
+        epoch=uint32,
+        outcome=st.none() | st.sampled_from(PullOutcome),
+        blocks=uint32,
+        size_bytes=uint64,
+        duration_s=float32,
+    )
+)
+def test_what_became_of_fetching_comes_back(report: PullReport) -> None:
+    assert wire.pull_report_from_pb(wire.pull_report_to_pb(report)) == report
+
+
+def test_every_outcome_of_fetching_has_a_number() -> None:
+    assert {outcome for outcome in PullOutcome} == wire._PULL.keys() - {None}
+    assert (
+        len(set(wire._PULL.values())) == len(wire._PULL) == len(verifier_pb2.KvPullOutcome.keys())
+    )
+    newer = verifier_pb2.KvPull(outcome=99)  # type: ignore[arg-type]
+    assert wire.pull_report_from_pb(newer).outcome is PullOutcome.FAILED
+
+
+@pytest.mark.parametrize(
+    "hint",
+    [
+        verifier_pb2.KvPeer(),
+        verifier_pb2.KvPeer(address="unix:/run/x", incarnation="i", blocks=1),
+        verifier_pb2.KvPeer(address="h:1", incarnation="", blocks=1),
+        verifier_pb2.KvPeer(address="h:1", incarnation="i" * 129, blocks=1),
+        verifier_pb2.KvPeer(address="h:1", incarnation="i", blocks=0),
+    ],
+    ids=["empty", "another scheme", "nobody", "long", "nothing held"],
+)
+def test_a_hint_that_makes_no_sense_is_none_and_costs_no_session(hint: verifier_pb2.KvPeer) -> None:
+    opening = verifier_pb2.OpenSession(prompt=[7], kv_peer=hint)
+    assert wire.session_from_pb(opening).kv_peer is None
 
 
 def test_absent_sampling_parameters_take_the_stated_defaults() -> None:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from orchestrator.dispatch import Dispatch
 from orchestrator.generation import Generation, Running
-from orchestrator.messages import BindDrafter
+from orchestrator.messages import BindDrafter, OpenOnVerifier
 from orchestrator.session import Session
 from orchestrator.text import TextCodec, TextStream
 from orchestrator.workers import DrafterLink, VerifierLink
@@ -15,6 +15,7 @@ from outrider.domain import (
     BindSpec,
     DraftBudget,
     GrowReport,
+    KvPeer,
     ModelInfo,
     SamplingParams,
     SessionSpec,
@@ -156,3 +157,18 @@ def test_a_drafter_hears_whose_session_it_is_and_what_share_they_have() -> None:
         dispatch.bind(running, BindDrafter(1, 1, (9,)))
     shares = [(spec.tenant, spec.tenant_weight) for spec in drafter.binds]
     assert shares == [("heavy", 2.5), ("other", 1.0), ("", 1.0)]
+
+
+def test_a_verifier_is_told_once_whom_it_might_ask_for_kv() -> None:
+    link = verifier(0.02)
+    opened: list[SessionSpec] = []
+    link.open = opened.append  # type: ignore[method-assign]
+    fleet: Any = Workers({"v:1": link}, {})
+    dispatch, running = Dispatch(fleet, LIMITS), session(1)
+    running.session.drafters_wanted = 0
+    peer = running.kv_peer = KvPeer("v:2", "i", 3)
+    command = OpenOnVerifier(running.session.spec)
+    dispatch.to_verifier(running, command)
+    dispatch.to_verifier(running, command)
+    assert [spec.kv_peer for spec in opened] == [peer, None]
+    assert replace(opened[0], kv_peer=None) == opened[1] == running.session.spec

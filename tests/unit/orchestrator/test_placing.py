@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import random
 from collections.abc import Iterable
+from dataclasses import replace
 from typing import Any
 
 from orchestrator.fleet import SHORTLIST_MAX, Fleet
 from orchestrator.jobs import Job
 from orchestrator.placing import Placer
+from orchestrator.prefix_memory import Prefix
 from orchestrator.workers import LinkState, VerifierLink
-from outrider.domain import ModelInfo, SamplingParams, SessionSpec
+from outrider.domain import KvPeer, ModelInfo, SamplingParams, SessionSpec
 from outrider.kv_blocks import BLOCK_TOKENS
 from outrider.registry import WorkerRecord
 
@@ -130,3 +132,66 @@ def test_what_others_do_to_a_worker_counts() -> None:
     assert views["c:1"].sessions == 0
     fleet.note([record("a:1", state="draining"), record("b:1", state="draining")])
     assert [view.address for view in fleet.verifier_views()] == ["c:1"]
+
+
+# --- who might be asked for KV ----------------------------------------------------------------
+
+
+def peer_of(
+    placer: Placer, prefix: Prefix, job: Job, exclude: frozenset[str] = frozenset()
+) -> tuple[str, KvPeer | None]:
+    chosen = placer.verifier(prefix, job.info.model, job.choices[0], exclude)
+    assert chosen is not None
+    return chosen.view.address, placer.peer(prefix, chosen)
+
+
+def test_who_holds_more_is_named_to_the_one_that_is_chosen() -> None:
+    fleet = fleet_of([link("a:1"), link("b:1"), link("c:1")])
+    placer, job = placer_of(fleet), job_of()
+    first = placed(placer, job)
+    assert first is not None
+    prefix = placer.prefix(job)
+    other, peer = peer_of(placer, prefix, job, frozenset([first]))
+    assert other != first
+    assert peer == KvPeer(first, f"i-{first}", 3)
+    # That one holds as much now, as far as is known, and nobody more.
+    again, peer = peer_of(placer, placer.prefix(job), job, frozenset([first]))
+    assert (again, peer) == (other, None)
+
+
+def test_who_holds_the_text_itself_needs_nobody() -> None:
+    placer, job = placer_of(fleet_of([link("a:1"), link("b:1")])), job_of()
+    first = placed(placer, job)
+    assert peer_of(placer, placer.prefix(job), job) == (first, None)
+
+
+def test_one_that_drains_may_be_asked_and_one_that_is_lost_or_another_may_not() -> None:
+    gone, drains, strange = link("a:1", up=False), link("b:1"), link("c:1", OTHER)
+    drains.state = LinkState.DRAINING
+    full = link("d:1")
+    placer, job = placer_of(fleet_of([gone, drains, strange, full])), job_of()
+    held = {"i-a:1": 3, "i-b:1": 2, "i-c:1": 3, "somebody": 3}
+    prefix = replace(placer.prefix(job), holders=held, looked_up=True)
+    assert peer_of(placer, prefix, job) == ("d:1", KvPeer("b:1", "i-b:1", 2))
+
+
+def test_among_equals_the_one_with_fewer_sessions_is_asked() -> None:
+    links = [link("a:1"), link("b:1"), link("c:1")]
+    links[0].sessions |= {1, 2}
+    links[1].sessions |= {3}
+    placer, job = placer_of(fleet_of(links)), job_of()
+    prefix = replace(placer.prefix(job), holders={"i-a:1": 3, "i-b:1": 3}, looked_up=True)
+    busy = frozenset(["a:1", "b:1"])
+    assert peer_of(placer, prefix, job, busy) == ("c:1", KvPeer("b:1", "i-b:1", 3))
+
+
+def test_a_block_more_is_not_worth_a_hint() -> None:
+    placer, job = placer_of(fleet_of([link("a:1"), link("b:1")])), job_of()
+    prefix = replace(placer.prefix(job), holders={"i-a:1": 1}, looked_up=True)
+    assert peer_of(placer, prefix, job, frozenset(["a:1"])) == ("b:1", None)
+
+
+def test_an_address_that_a_verifier_would_not_take_is_not_named() -> None:
+    placer, job = placer_of(fleet_of([link("unix:/run/x"), link("b:1")])), job_of()
+    prefix = replace(placer.prefix(job), holders={"i-unix:/run/x": 3}, looked_up=True)
+    assert peer_of(placer, prefix, job, frozenset(["unix:/run/x"])) == ("b:1", None)
