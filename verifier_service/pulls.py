@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 
 from outrider.domain import PullOutcome, PullReport, SessionSpec
 from outrider.kv_blocks import BLOCK_TOKENS
+from outrider.kv_transfer import HASHES_MAX
 from outrider.model.block_bytes import BlockBytes
 from outrider.model.kv_cache import KvPool
 from verifier_service.config import EngineConfig
@@ -106,7 +107,7 @@ class Pulls:
         tokens = session.log.tokens
         before = session.cache.adopt(tokens) // BLOCK_TOKENS
         hashes = session.cache.shareable_hashes(tokens, peer.blocks)
-        wanted = tuple(hashes[before:])
+        wanted = tuple(hashes[before : before + HASHES_MAX])
         if not wanted:
             return None
         for pull in self._pulls.values():

@@ -278,7 +278,7 @@ async def stall(peer: MeddlingPeer, number: int, answer: Response) -> None:
 async def test_a_transfer_that_breaks_off_keeps_what_came_before(
     pair: Pair, meddle, outcome: PullOutcome
 ) -> None:
-    pair.times.step_s = 0.3  # A quarter of a prefill is waited for in vain.
+    pair.times.step_s = 0.6  # A quarter of a prefill is waited for in vain.
     async with meddling_peer(pair.there.address, meddle) as (address, _):
         ids, pulls = await pair.ask(pair.peer(address))
     assert ids == IDS
@@ -319,7 +319,7 @@ async def silence(peer: MeddlingPeer, number: int, answer: Response) -> None:
 async def test_a_peer_that_is_not_who_was_meant_costs_time_only(
     pair: Pair, meddle, outcome: PullOutcome
 ) -> None:
-    pair.times.step_s = 0.3  # A quarter of a prefill is waited for in vain.
+    pair.times.step_s = 0.6  # A quarter of a prefill is waited for in vain.
     async with meddling_peer(pair.there.address, meddle) as (address, peer):
         ids, pulls = await pair.ask(pair.peer(address))
         assert ids == IDS
