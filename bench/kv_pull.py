@@ -167,7 +167,8 @@ async def verifiers(
             arguments = [
                 *("--model", model, "--dtype", dtype, "--threads", str(threads)),
                 *("--port", str(port), "--cache-dir", str(cache_dir), "--device", "cpu"),
-                *("--worker-id", f"verifier-{number}", "--drain", "0"),
+                # The first prompt measures all that is needed here.
+                *("--worker-id", f"verifier-{number}", "--drain", "0", "--no-warm-up"),
             ]
             command = [sys.executable, "-m", "verifier_service", *arguments]
             processes.append(spawn(command, log_dir / f"verifier-{number}.log"))
@@ -204,7 +205,9 @@ async def measure(
             # What was only just computed may still be on its way to the first token of others.
             await asyncio.sleep(_NEXT_S)
             peer = KvPeer(address, there.link.incarnation, shareable_blocks(tokens))
-        return await here.ask(number, prompt, salt, peer)
+        attempt = await here.ask(number, prompt, salt, peer)
+        print(f"{name}: {_told(attempt)}", flush=True)
+        return attempt
 
     await one("warm", None)
     computed = [await one("computed", None) for _ in range(repeats)]
@@ -235,16 +238,16 @@ def _median(values: Sequence[float]) -> float:
     return statistics.median(values) if values else math.nan
 
 
+def _told(one: Attempt) -> str:
+    return f"{one.outcome or 'nobody asked'} {one.ttft_s:.3f} s ({one.blocks} blocks)"
+
+
 def result_lines(tokens: int, computed: Sequence[Attempt], rows: Sequence[Row]) -> list[str]:
     """For people and for scripts."""
     prefill_s = _median([one.ttft_s for one in computed])
     lines = [f"{tokens} tokens computed: first token after {prefill_s:.3f} s (median)"]
     for row in rows:
-        tries = ", ".join(
-            f"{one.outcome or 'not tried'} {one.ttft_s:.3f} s ({one.blocks} blocks)"
-            for one in row.attempts
-        )
-        lines.append(f"{row.link}: {tries}")
+        lines.append(f"{row.link}: {', '.join(map(_told, row.attempts))}")
     ids = {one.ids for one in computed} | {one.ids for row in rows for one in row.attempts}
     for row in rows:
         ttft_s = _median([one.ttft_s for one in row.attempts])
