@@ -57,7 +57,7 @@ class KindsOpenings:
     """Kinds in turn; within a kind, templates and topics by chance."""
 
     kinds: Sequence[Kind]
-    starts_share: float = 0.4
+    starts_share: float = 0.6
     """Share of conversations that only have a start, where a kind has both."""
 
     def opening(self, seed: int, index: int) -> Opening:

@@ -135,16 +135,18 @@ def train(
     """Train, or go on training, and write the drafter; returns the last report.
 
     `layers`: those of the target that the student starts from, by default the first
-    `layer_count`. Where a run goes on, its layers and vocabulary stay as they are.
+    `layer_count`. Where a run goes on, they stay as they are; the head follows the text that
+    there is.
     """
     set_threads(threads)
     target = whole_target(run.target.model, run.target_folder)
     state = _state(run.state)
     if state is not None:
-        layers, kept = state["layers"], state["kept"]
+        layers = state["layers"]
     else:
         layers = layers or default_layers(layer_count, target.config.num_hidden_layers)
-        kept = _kept(run, target, head_size)
+    # The head's rows are the target's own, so others may take their place at any time.
+    kept = _kept(run, target, head_size)
     student = new_student(target, layers, kept)
     described = student_config(target.config, layers)
     head: Any = target.get_output_embeddings()
@@ -161,7 +163,7 @@ def train(
     def keep(entry: Report) -> None:
         last[:] = [entry]
         if entry.agreement is not None:
-            trainer.save(run.state, layers=list(layers), kept=list(kept))
+            trainer.save(run.state, layers=list(layers))
             write_folder(
                 run.drafter,
                 target=run.target,

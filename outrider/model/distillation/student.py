@@ -17,6 +17,9 @@ from transformers import AutoModelForCausalLM, PreTrainedModel
 
 from outrider.errors import ConfigError, ModelLoadError
 
+_PRIOR_TOKENS = 100_000
+_PRIOR_SHIFT = 300.0
+
 
 def default_layers(count: int, target_layers: int) -> tuple[int, ...]:
     """Return the target's layers that a student of `count` layers starts from: its first ones.
@@ -107,14 +110,17 @@ def own_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
 def frequent_ids(counts: torch.Tensor, size: int, always: Sequence[int]) -> tuple[int, ...]:
     """Return the `size` most frequent ids, ascending, those of `always` among them.
 
-    `counts` [vocabulary]. Ids that never occurred follow in their order, which for byte-pair
-    encodings is that of their frequency in the tokenizer's own text.
+    `counts` [vocabulary]. To them come those of a text of `_PRIOR_TOKENS` in which ids are the
+    rarer the higher they are, by Zipf's and Mandelbrot's law: byte-pair encodings number their
+    ids by frequency in the tokenizer's own text. So an id that a little text happens to lack is
+    not given up for one that it happens to have once.
     """
     if not len(always) < size <= len(counts):
         raise ConfigError(
             f"the head's size must lie between {len(always) + 1} and {len(counts)}: {size}"
         )
-    ranked = counts.double()
+    prior = 1.0 / (torch.arange(len(counts), dtype=torch.float64) + _PRIOR_SHIFT)
+    ranked = counts.double() + _PRIOR_TOKENS * prior / prior.sum()
     ranked[list(always)] = float("inf")
     order = torch.argsort(ranked, descending=True, stable=True)
     return tuple(sorted(order[:size].tolist()))

@@ -53,6 +53,15 @@ def test_equal_beginnings_stay_in_the_order_of_the_text() -> None:
     assert order == [*range(5_000), 5_000]
 
 
+def test_a_text_that_ends_comes_before_one_that_goes_on_with_the_lowest_id() -> None:
+    tokens = np.array([9, *[0] * 20, 9], np.uint32)
+    order = sorted_suffixes(tokens).tolist()
+    # Twice nine: the last one, behind which there is nothing, and the first, then zeros.
+    assert order[-2:] == [21, 0]
+    # Zeros: of sixteen and more in the order of the text, then the sooner a nine comes the later.
+    assert order[:-2] == list(range(1, 21))
+
+
 def brute_force(documents: Sequence[Sequence[int]], context: Sequence[int]) -> tuple[int, int]:
     """Length of the longest end of the context that occurs in a document, and how often."""
     for length in range(min(len(context), MATCH_MAX), 0, -1):

@@ -93,6 +93,17 @@ def test_trust_follows_what_happened(tmp_path: Path) -> None:
     assert claim() < 0.2
 
 
+def test_each_guess_makes_the_match_longer(tmp_path: Path) -> None:
+    proposer = over(tmp_path, [1, 2, 3, 4, 5])
+    mirror = opened(proposer, mirror_of(1, 2, depth_max=3))
+    node, claims = mirror.tree.root, []
+    for token in (3, 4, 5):
+        node = node.children[token]
+        claims.append(math.exp(node.accept_logprob))
+    # Priors of matches of two, three and four ids: twice as long, two fifths less doubt.
+    assert claims == pytest.approx([1 - 0.6**2, 1 - 0.6**2, 1 - 0.6**3])
+
+
 def test_it_fits_its_own_tokenizer_only(tmp_path: Path) -> None:
     info = over(tmp_path, [1]).info
     assert info.tokenizer_fingerprint == tokenizer_fingerprint(byte_tokenizer())

@@ -9,6 +9,7 @@ import pytest
 from outrider.errors import ConfigError
 from outrider.model.distillation.openings import (
     KINDS_FILE,
+    KindsOpenings,
     Opening,
     Prompt,
     read_kinds,
@@ -30,6 +31,13 @@ def test_no_placeholder_is_left() -> None:
     openings = read_openings(KINDS_FILE)
     for index in range(2_000):
         assert "{" not in openings.opening(3, index).text
+
+
+def test_a_start_may_leave_everything_to_the_target() -> None:
+    anything = KindsOpenings([kind for kind in read_kinds(KINDS_FILE) if kind.name == "anything"])
+    found = {anything.opening(0, index) for index in range(200)}
+    assert Opening("", False) in found
+    assert not any(opening.complete for opening in found)
 
 
 def test_kinds_take_turns_and_fill_in_topics(tmp_path: Path) -> None:

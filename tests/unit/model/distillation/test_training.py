@@ -147,13 +147,55 @@ def test_a_student_of_all_layers_is_the_target() -> None:
 
 
 def test_frequent_ids_are_the_frequent_ones_and_those_asked_for() -> None:
-    counts = torch.tensor([0, 5, 0, 9, 0, 1])
+    counts = torch.tensor([0, 500_000, 0, 900_000, 0, 100_000])
     assert frequent_ids(counts, 3, [4]) == (1, 3, 4)
     assert frequent_ids(counts, 5, [4]) == (0, 1, 3, 4, 5)
     with pytest.raises(ConfigError, match="size"):
         frequent_ids(counts, 7, [4])
     with pytest.raises(ConfigError, match="layers"):
         default_layers(5, 4)
+
+
+def test_what_a_little_text_lacks_by_chance_is_not_given_up() -> None:
+    counts = torch.zeros(40_000, dtype=torch.int64)
+    counts[30_000] = 200
+    counts[39_000] = 1
+    kept = frequent_ids(counts, 1_000, [])
+    # The head of a byte-pair encoding's list, what was frequent, but not what occurred once.
+    assert kept == (*range(999), 30_000)
+
+
+def test_the_head_follows_the_text(written: Run, tmp_path: Path) -> None:
+    run = copied(written, tmp_path / "run")
+    trained(run, steps_max=2)
+    before = read_folder(run.drafter)
+    # A text in which one id that was not kept is all there is.
+    new = max(set(range(260)) - set(before.kept))
+    path = next(iter(run.corpus.files()))
+    entries = [
+        replace(
+            entry,
+            tokens=torch.cat(
+                [entry.tokens[: entry.answer_start], torch.full((len(entry.hidden),), new).int()]
+            ),
+        )
+        for entry in run.corpus.read(path)
+    ]
+    for number in range(400):
+        run.corpus.write(1_000 + 24 * number, entries)
+    trained(run, steps_max=1)
+    after = read_folder(run.drafter)
+    assert new in after.kept
+    assert len(after.kept) == len(before.kept)
+    # The rows are the target's whatever stands beside them: those of ids that stay differ little.
+    stays = sorted(set(before.kept) & set(after.kept))
+    rows = [
+        drafter.weights["lm_head.weight"][[drafter.kept.index(token) for token in stays]]
+        for drafter in (before, after)
+    ]
+    alike = torch.nn.functional.cosine_similarity(*rows) > 0.98
+    # But for padding, whose row is zero.
+    assert int(alike.sum()) >= len(stays) - 1
 
 
 def test_the_rate_is_a_trapezoid() -> None:
