@@ -2,6 +2,7 @@
 
     python -m bench.drafting --drafter models/NAME    # or: make bench-drafters
     python -m bench.drafting --parts coupling,ahead   # measure these anew, keep the others
+    python -m bench.drafting --parts proposers --categories rag,writing   # likewise
 
 Contenders decode each prompt in turn, beside the target alone, greedy and at temperature 0.8, in
 one process: target and draft model have a thread each, and no network is in between. Of claims and
@@ -16,7 +17,8 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict
+from collections.abc import Iterable
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
 
@@ -36,6 +38,7 @@ from bench.drafting_parts import (
     measure_sessions,
 )
 from bench.drafting_results import Results, markdown, result_line
+from bench.pipeline_prompts import load_prompts
 from outrider.config import DEFAULT_CACHE, Dtype
 from outrider.serving.loops import SWITCH_INTERVAL_S
 
@@ -62,6 +65,7 @@ PARTS = {
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Some of them.")
 @click.option("--repeats", type=click.IntRange(1, 20), default=Effort.repeats, show_default=True)
 @click.option("--tokens", type=click.IntRange(16, 2048), default=Effort.tokens, show_default=True)
+@click.option("--categories", help="Of the proposers' prompts; the others keep what they had.")
 @click.option("--quick", is_flag=True, help="Little of everything, to see that it runs.")
 @click.option("--results-dir", type=click.Path(path_type=Path, file_okay=False), default=RESULTS)
 @click.option("--cache-dir", type=click.Path(path_type=Path), default=DEFAULT_CACHE)
@@ -73,15 +77,16 @@ def main(
     parts: str,
     repeats: int,
     tokens: int,
+    categories: str | None,
     quick: bool,
     results_dir: Path,
     cache_dir: Path,
 ) -> None:
     """Measure drafters against the target alone, and what they claim against the truth."""
     chosen = [part.strip() for part in parts.split(",")]
-    unknown = sorted(set(chosen) - set(PARTS))
-    if unknown:
-        raise click.BadParameter(f"unknown part {unknown[0]!r}; there are {', '.join(PARTS)}")
+    _refuse_unknown("part", chosen, PARTS)
+    some = tuple(name.strip() for name in categories.split(",")) if categories else ()
+    _refuse_unknown("category", some, dict.fromkeys(entry["category"] for entry in load_prompts()))
     sys.setswitchinterval(SWITCH_INTERVAL_S)
     console = Console(highlight=False)
     path = results_dir / "drafting.json"
@@ -94,6 +99,7 @@ def main(
     if datastore is None:
         results.unavailable["datastore"] = "no --datastore"
     effort = QUICK if quick else Effort(repeats=repeats, tokens=tokens)
+    effort = replace(effort, categories=some)
     for part in (part for part in PARTS if part in chosen):
         _measure(part, models, effort, results, console)
         results.times[part] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
@@ -108,6 +114,7 @@ def main(
 
 def _measure(part: str, models: Models, effort: Effort, results: Results, console: Console) -> None:
     begin_s = time.monotonic()
+    some = effort.categories
 
     def say(text: str) -> None:
         elapsed_s = time.monotonic() - begin_s
@@ -115,7 +122,9 @@ def _measure(part: str, models: Models, effort: Effort, results: Results, consol
 
     match part:
         case "proposers":
-            results.runs = measure_proposers(models, effort, say)
+            kept = [run for run in results.runs if some and run.category not in some]
+            measured = measure_proposers(models, effort, say)
+            results.runs = sorted(kept + measured, key=lambda run: run.prompt)
         case "coupling":
             results.couplings = measure_couplings(models, effort, say)
         case "calibration":
@@ -124,6 +133,12 @@ def _measure(part: str, models: Models, effort: Effort, results: Results, consol
             results.ahead = measure_ahead(effort, say)
         case "sessions":
             results.sharing = measure_sessions(effort, say)
+
+
+def _refuse_unknown(kind: str, chosen: Iterable[str], known: Iterable[str]) -> None:
+    unknown = sorted(set(chosen) - set(known))
+    if unknown:
+        raise click.BadParameter(f"unknown {kind} {unknown[0]!r}; there are {', '.join(known)}")
 
 
 def _shipped() -> str | None:

@@ -105,6 +105,8 @@ class Effort:
     ahead_tokens: int = 3_000
     sessions: int = 200
     session_steps: int = 16
+    categories: tuple[str, ...] = ()
+    """Of the prompts for proposers; empty: all."""
 
 
 QUICK = Effort(1, 1, 32, 24, 32, 48, 300, 40, 8)
@@ -151,6 +153,8 @@ def measure_proposers(models: Models, effort: Effort, say: Callable[[str], None]
             fleet.add(name, make)
         prompts = prompts_of(effort, TextCodec.from_files(target.tokenizer_files))
         for number, (category, prompt) in enumerate(prompts):
+            if effort.categories and category not in effort.categories:
+                continue
             say(f"{category} ({number + 1} of {len(prompts)})")
             runs += _contend(fleet, category, number, prompt, effort)
     finally:

@@ -42,7 +42,25 @@ def test_every_part_measures_and_the_others_are_kept(tmp_path: Path) -> None:
     assert "| union |" in (tmp_path / "drafting.md").read_text()
 
 
-def test_an_unknown_part_is_refused(tmp_path: Path) -> None:
-    ended = CliRunner().invoke(main, ["--parts", "speed", "--results-dir", str(tmp_path)])
+@pytest.mark.timeout(300)
+def test_categories_add_up(tmp_path: Path) -> None:
+    parts = ("--parts", "proposers", "--categories")
+    first = result_of(tmp_path, *parts, "summarization, writing")
+    assert first["lookup_tau_rag"] == "na"
+    second = result_of(tmp_path, *parts, "rag")
+    assert second["lookup_tau_rag"] != "na"
+    assert second["lookup_tau_summarization"] == first["lookup_tau_summarization"]
+    runs = json.loads((tmp_path / "drafting.json").read_text())["results"]["runs"]
+    # What is measured again replaces what was there.
+    result_of(tmp_path, *parts, "rag")
+    assert len(json.loads((tmp_path / "drafting.json").read_text())["results"]["runs"]) == len(runs)
+
+
+@pytest.mark.parametrize(
+    ("option", "said"),
+    [("--parts", "unknown part 'speed'"), ("--categories", "unknown category 'speed'")],
+)
+def test_what_is_unknown_is_refused(tmp_path: Path, option: str, said: str) -> None:
+    ended = CliRunner().invoke(main, [option, "speed", "--results-dir", str(tmp_path)])
     assert ended.exit_code == 2
-    assert "unknown part 'speed'" in ended.output
+    assert said in ended.output
