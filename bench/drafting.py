@@ -17,7 +17,7 @@ import os
 import platform
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, get_args
@@ -66,6 +66,7 @@ PARTS = {
 @click.option("--repeats", type=click.IntRange(1, 20), default=Effort.repeats, show_default=True)
 @click.option("--tokens", type=click.IntRange(16, 2048), default=Effort.tokens, show_default=True)
 @click.option("--categories", help="Of the proposers' prompts; the others keep what they had.")
+@click.option("--prompts", type=click.IntRange(min=1), help="Of a category.  [default: all]")
 @click.option("--quick", is_flag=True, help="Little of everything, to see that it runs.")
 @click.option("--results-dir", type=click.Path(path_type=Path, file_okay=False), default=RESULTS)
 @click.option("--cache-dir", type=click.Path(path_type=Path), default=DEFAULT_CACHE)
@@ -78,6 +79,7 @@ def main(
     repeats: int,
     tokens: int,
     categories: str | None,
+    prompts: int | None,
     quick: bool,
     results_dir: Path,
     cache_dir: Path,
@@ -99,11 +101,11 @@ def main(
     if datastore is None:
         results.unavailable["datastore"] = "no --datastore"
     effort = QUICK if quick else Effort(repeats=repeats, tokens=tokens)
-    effort = replace(effort, categories=some)
+    effort = replace(effort, categories=some, prompts_max=prompts or effort.prompts_max)
     for part in (part for part in PARTS if part in chosen):
-        _measure(part, models, effort, results, console)
-        results.times[part] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
-        _write(path, results, models, quick=quick)
+        for _ in _measure(part, models, effort, results, console):
+            results.times[part] = time.strftime("%Y-%m-%dT%H:%M:%S%z")
+            _write(path, results, models, quick=quick)
     text = markdown(results)
     path.with_suffix(".md").write_text(text)
     _draw(console, results, results_dir)
@@ -112,7 +114,10 @@ def main(
     lines.print(result_line(results), markup=False)
 
 
-def _measure(part: str, models: Models, effort: Effort, results: Results, console: Console) -> None:
+def _measure(
+    part: str, models: Models, effort: Effort, results: Results, console: Console
+) -> Iterator[None]:
+    """Measure a part into the results; yields whenever they are worth keeping."""
     begin_s = time.monotonic()
     some = effort.categories
 
@@ -123,8 +128,10 @@ def _measure(part: str, models: Models, effort: Effort, results: Results, consol
     match part:
         case "proposers":
             kept = [run for run in results.runs if some and run.category not in some]
-            measured = measure_proposers(models, effort, say)
-            results.runs = sorted(kept + measured, key=lambda run: run.prompt)
+            for runs in measure_proposers(models, effort, say):
+                kept += runs
+                results.runs = sorted(kept, key=lambda run: run.prompt)
+                yield
         case "coupling":
             results.couplings = measure_couplings(models, effort, say)
         case "calibration":
@@ -133,6 +140,7 @@ def _measure(part: str, models: Models, effort: Effort, results: Results, consol
             results.ahead = measure_ahead(effort, say)
         case "sessions":
             results.sharing = measure_sessions(effort, say)
+    yield
 
 
 def _refuse_unknown(kind: str, chosen: Iterable[str], known: Iterable[str]) -> None:

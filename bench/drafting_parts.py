@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -140,14 +140,15 @@ def _encode(codec: TextCodec, prompt: str) -> tuple[int, ...]:
         return codec.encode(prompt)
 
 
-def measure_proposers(models: Models, effort: Effort, say: Callable[[str], None]) -> list[Run]:
-    """Decode every prompt with every contender, in turn, greedy and sampled."""
+def measure_proposers(
+    models: Models, effort: Effort, say: Callable[[str], None]
+) -> Iterator[list[Run]]:
+    """Decode every prompt with every contender, in turn, greedy and sampled; yields a prompt's."""
     thread = ModelThread()
     thread.run(set_threads, 1)
     target: LanguageModel = thread.run(models.load, models.target)
     driver = EngineDriver(target, EngineConfig(), thread)
     fleet = DraftingFleet(driver, target.vocabulary_size, target.tokenizer_fingerprint)
-    runs: list[Run] = []
     try:
         for name, make in models.makers().items():
             fleet.add(name, make)
@@ -156,12 +157,11 @@ def measure_proposers(models: Models, effort: Effort, say: Callable[[str], None]
             if effort.categories and category not in effort.categories:
                 continue
             say(f"{category} ({number + 1} of {len(prompts)})")
-            runs += _contend(fleet, category, number, prompt, effort)
+            yield _contend(fleet, category, number, prompt, effort)
     finally:
         fleet.close()
         driver.stop()
         thread.close()
-    return runs
 
 
 def _contend(
