@@ -2,7 +2,7 @@
 
     python -m bench.drafting --drafter models/NAME    # or: make bench-drafters
     python -m bench.drafting --parts coupling,ahead   # measure these anew, keep the others
-    python -m bench.drafting --parts proposers --categories rag,writing   # likewise
+    python -m bench.drafting --parts tau --categories rag,writing   # likewise
 
 Contenders decode each prompt in turn, beside the target alone, greedy and at temperature 0.8, in
 one process: target and draft model have a thread each, and no network is in between. Of claims and
@@ -38,6 +38,7 @@ from bench.drafting_parts import (
     measure_sessions,
 )
 from bench.drafting_results import Results, markdown, result_line
+from bench.drafting_taus import measure_taus
 from bench.pipeline_prompts import load_prompts
 from outrider.config import DEFAULT_CACHE, Dtype
 from outrider.serving.loops import SWITCH_INTERVAL_S
@@ -46,6 +47,7 @@ RESULTS = Path(__file__).with_name("results")
 _SHIPPED = Path(__file__).parents[1] / "models"
 PARTS = {
     "proposers": "each proposer over the prompts, beside the target alone",
+    "tau": "the same over known texts and with trees that are waited for: no clock",
     "coupling": "noise shared by target and drafter, against the formula",
     "calibration": "claims against what the target decides",
     "ahead": "drafting ahead of a synthetic target of 20 ms a step",
@@ -65,7 +67,7 @@ PARTS = {
 @click.option("--parts", default=",".join(PARTS), show_default=True, help="Some of them.")
 @click.option("--repeats", type=click.IntRange(1, 20), default=Effort.repeats, show_default=True)
 @click.option("--tokens", type=click.IntRange(16, 2048), default=Effort.tokens, show_default=True)
-@click.option("--categories", help="Of the proposers' prompts; the others keep what they had.")
+@click.option("--categories", help="Of prompts for proposers and tau; others keep what they had.")
 @click.option("--prompts", type=click.IntRange(min=1), help="Of a category.  [default: all]")
 @click.option("--quick", is_flag=True, help="Little of everything, to see that it runs.")
 @click.option("--results-dir", type=click.Path(path_type=Path, file_okay=False), default=RESULTS)
@@ -131,6 +133,12 @@ def _measure(
             for runs in measure_proposers(models, effort, say):
                 kept += runs
                 results.runs = sorted(kept, key=lambda run: run.prompt)
+                yield
+        case "tau":
+            others = [one for one in results.taus if some and one.category not in some]
+            for taus in measure_taus(models, effort, say):
+                others += taus
+                results.taus = list(others)
                 yield
         case "coupling":
             results.couplings = measure_couplings(models, effort, say)

@@ -238,7 +238,7 @@ def _coupling(
     each = max(1, effort.contexts // len(prompts))
     stride = 4
     parts = []
-    for known in decided(target, _specs(target, prompts, _SAMPLED), each * stride):
+    for known in decided(target, specs_of(target, prompts, _SAMPLED), each * stride):
         text, begin = (*known.spec.prompt, *known.text), len(known.spec.prompt)
         likely = logits_along(target, text, begin, stride)
         guessed = logits_along(draft, text, begin, stride)
@@ -255,9 +255,10 @@ def _coupling(
     )
 
 
-def _specs(
+def specs_of(
     target: LanguageModel, prompts: Sequence[tuple[int, ...]], sampling: SamplingParams
 ) -> list[BindSpec]:
+    """Return a session for each prompt."""
     return [
         BindSpec(
             session=number + 1,
@@ -285,7 +286,7 @@ def measure_claims(models: Models, effort: Effort, say: Callable[[str], None]) -
     for temperature in (0.0, 1.0):
         say(f"claims at temperature {temperature:g}")
         sampling = SamplingParams(temperature=temperature)
-        known = decided(target, _specs(target, prompts, sampling), effort.claimed_tokens)
+        known = decided(target, specs_of(target, prompts, sampling), effort.claimed_tokens)
         for name, make in models.makers().items():
             if name not in ("lookup", "model", "datastore"):
                 continue  # these need the target's candidates, or are made of the others
@@ -355,7 +356,7 @@ def measure_sessions(effort: Effort, say: Callable[[str], None]) -> Sharing:
     prompts = [tuple(b"Session %d: " % number) for number in range(effort.sessions)]
     specs = [
         replace(spec, budget=budget, sampling=GREEDY if spec.session % 2 else _SAMPLED)
-        for spec in _specs(target, prompts, _SAMPLED)
+        for spec in specs_of(target, prompts, _SAMPLED)
     ]
     known = decided(target, specs, 4 * effort.session_steps)
     return measure_sharing(

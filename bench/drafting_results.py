@@ -5,7 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from bench.calibrated import Decile, worst
@@ -33,6 +33,17 @@ class Run:
     """Guesses accepted, step by step; the last step, which may be cut, is left out."""
     draft_ms: float
     """Mean of a growing step; for a lookup, of what it does about a commit."""
+
+
+@dataclass(frozen=True, slots=True)
+class Tau:
+    """What proposers guessed of a text that was known."""
+
+    contender: str
+    category: str
+    temperature: float
+    accepted: tuple[int, ...]
+    """As in `Run`."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,6 +97,7 @@ class Results:
     """What was measured; a part that was not asked for stays as it was."""
 
     runs: list[Run] = field(default_factory=list)
+    taus: list[Tau] = field(default_factory=list)
     couplings: dict[str, Coupling] = field(default_factory=dict)
     """By pair of models."""
     calibrated: list[Calibrated] = field(default_factory=list)
@@ -129,17 +141,23 @@ def acceptance_by_depth(accepted: Sequence[int]) -> tuple[float | None, ...]:
     )
 
 
-def tau_of(found: Iterable[Line], contender: str, category: str) -> float | None:
-    """Greedy tau of a contender in a category."""
-    for line in found:
-        if (line.contender, line.category, line.temperature) == (contender, category, 0.0):
-            return line.tau
-    return None
+Taus = Mapping[tuple[str, float, str], float]
+"""By category, temperature and contender."""
 
 
-def union_gains(found: Sequence[Line]) -> dict[str, float]:
+def taus_of(results: Results) -> Taus:
+    """Return tau over known texts, or else as it was with the clock running."""
+    if not results.taus:
+        return {(x.category, x.temperature, x.contender): x.tau for x in lines(results.runs)}
+    groups: dict[tuple[str, float, str], list[int]] = {}
+    for one in results.taus:
+        key = (one.category, one.temperature, one.contender)
+        groups.setdefault(key, []).extend(one.accepted)
+    return {key: 1.0 + statistics.fmean(sizes) for key, sizes in groups.items() if sizes}
+
+
+def union_gains(taus: Taus) -> dict[str, float]:
     """By category and temperature: tau of the union over the better of the two that it unites."""
-    taus = {(line.category, line.temperature, line.contender): line.tau for line in found}
     gains = {}
     for category, temperature, contender in taus:
         parts = [taus.get((category, temperature, name)) for name in ("lookup", "model")]
@@ -165,6 +183,8 @@ def markdown(results: Results) -> str:
         depths = tuple(f"d{depth}" for depth in range(1, DEPTHS + 1))
         rows = [_cells(line, plain.get((line.temperature, line.category))) for line in found]
         parts.append(_table((*_HEADER, *depths), rows))
+    if results.taus:
+        parts.append("Known texts\n\n" + _tau_table(results))
     if results.couplings:
         rows = [
             (pair, *(f"{share:.4f}" for share in (c.measured, c.exact, c.independent, c.rejection)))
@@ -207,6 +227,24 @@ def markdown(results: Results) -> str:
     return "\n".join(parts)
 
 
+def _tau_table(results: Results) -> str:
+    taus = taus_of(results)
+    contenders = list(dict.fromkeys(one.contender for one in results.taus))
+    places = dict.fromkeys((temperature, category) for category, temperature, _ in taus)
+    rows = [
+        (
+            f"{temperature:g}",
+            category,
+            *(
+                "-" if (tau := taus.get((category, temperature, name))) is None else f"{tau:.2f}"
+                for name in contenders
+            ),
+        )
+        for temperature, category in places
+    ]
+    return _table(("T", "category", *(f"tau of {name}" for name in contenders)), rows)
+
+
 def _cells(line: Line, plain: float | None) -> tuple[str, ...]:
     return (
         f"{line.temperature:g}",
@@ -238,14 +276,14 @@ def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
 
 def result_line(results: Results) -> str:
     """The last line, for scripts; what was not measured is `na`."""
-    found = lines(results.runs)
-    gains = union_gains(found)
+    taus = taus_of(results)
+    gains = union_gains(taus)
     real = next(iter(results.couplings.values()), None)
     ahead = results.ahead[0].ready_on_path if results.ahead else None
     figures = {
-        "lookup_tau_summarization": tau_of(found, "lookup", "summarization"),
-        "lookup_tau_rag": tau_of(found, "lookup", "rag"),
-        "model_tau_writing": tau_of(found, "model", "writing"),
+        "lookup_tau_summarization": taus.get(("summarization", 0.0, "lookup")),
+        "lookup_tau_rag": taus.get(("rag", 0.0, "lookup")),
+        "model_tau_writing": taus.get(("writing", 0.0, "model")),
         "union_worst_gain": min(gains.values(), default=None),
         "coupling_gap": None if real is None else real.gap,
         "ahead_ready": ahead,

@@ -13,10 +13,12 @@ from bench.drafting_results import (
     Calibrated,
     Results,
     Run,
+    Tau,
     acceptance_by_depth,
     lines,
     markdown,
     result_line,
+    taus_of,
     union_gains,
 )
 from bench.sharing import Sharing
@@ -57,8 +59,23 @@ def test_the_union_is_compared_with_the_better_one() -> None:
         *(run("model", c, a) for c, a in (("rag", 1), ("writing", 1))),
         *(run("union", c, a) for c, a in (("rag", 3), ("writing", 0))),
     ]
-    assert union_gains(lines(runs)) == {"rag at 0": 1.0, "writing at 0": 0.5}
+    assert union_gains(taus_of(Results(runs=runs))) == {"rag at 0": 1.0, "writing at 0": 0.5}
     assert "union_worst_gain=0.500" in result_line(Results(runs=runs))
+
+
+def test_taus_of_known_texts_come_before_those_of_the_clock() -> None:
+    results = Results(
+        runs=[run("lookup", "rag", 1), run("model", "writing", 1)],
+        taus=[
+            Tau("lookup", "rag", 0.0, (3, 4)),
+            Tau("lookup", "rag", 0.0, (8,)),
+            Tau("union", "rag", 0.8, ()),
+        ],
+    )
+    assert taus_of(results) == {("rag", 0.0, "lookup"): 6.0}
+    said = result_line(results)
+    assert "lookup_tau_rag=6.000 model_tau_writing=na" in said
+    assert "| 0 | rag | 6.00 | - |" in markdown(results)
 
 
 def test_what_was_not_measured_is_na() -> None:
