@@ -21,7 +21,7 @@ from outrider.domain import DraftBudget
 from outrider.model.info import model_info
 from outrider.model.loading import load_language_model
 from outrider.model.synthetic import SyntheticModel
-from outrider.trace_plot import read_trace
+from outrider.timeline import read_trace
 from tests.support.fleet import (
     RunningDrafter,
     RunningOrchestrator,
