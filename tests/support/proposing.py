@@ -5,6 +5,7 @@ from __future__ import annotations
 from drafter_service.mirror import Mirror
 from drafter_service.proposers.base import Proposer
 from outrider.domain import BindSpec, Commit, DraftBudget, SamplingParams
+from outrider.draft_tree import Node
 
 
 def mirror_of(
@@ -56,7 +57,7 @@ def commit(proposer: Proposer, mirror: Mirror, *tokens: int) -> None:
 def paths(mirror: Mirror) -> set[tuple[int, ...]]:
     """The branches of the tree, from the tip to each leaf."""
     found: set[tuple[int, ...]] = set()
-    stack = [((), mirror.tree.root)]
+    stack: list[tuple[tuple[int, ...], Node]] = [((), mirror.tree.root)]
     while stack:
         path, node = stack.pop()
         stack += [((*path, token), child) for token, child in node.children.items()]
