@@ -22,7 +22,7 @@ _PAY_FREE = 1.0 / 16.0
 surer ones do, fewer."""
 _PAY_DEAR = 0.25
 """Where only guesses surer than this pay, third choices are left out."""
-_FLUSHES_PER_STEP = 8
+_FLUSHES_PER_STEP = 4
 _FLUSH_MIN_S, _FLUSH_MAX_S = 0.0005, 0.05
 _PROBABILITY_MIN = 1.0 / 256.0
 """Verifiers take up nothing below this, whatever tokens cost."""
