@@ -69,8 +69,23 @@ class WrongTrees:
         return self._bodies[self._next] + _base(log)
 
 
+class Unheard:
+    """Does all the work of another and sends nothing.
+
+    Drafters run elsewhere. What making and addressing drafts takes of the cores here is no cost of
+    the verifier's, so those that a drafter is compared with are to pay it as well.
+    """
+
+    def __init__(self, other: Policy) -> None:
+        self._other = other
+
+    def draft(self, log: CommittedLog) -> None:
+        """Have the other make a draft, and keep it."""
+        self._other.draft(log)
+
+
 class Silent:
-    """Says one thing to each session, then nothing any more."""
+    """Says one thing to each session, then nothing any more, though it goes on working."""
 
     def __init__(self, vocabulary_size: int) -> None:
         self._wrong = WrongTrees(vocabulary_size, 1)
@@ -78,10 +93,11 @@ class Silent:
 
     def draft(self, log: CommittedLog) -> bytes | None:
         """Return a draft on a session's first commit only."""
+        draft = self._wrong.draft(log)
         if id(log) in self._greeted:
             return None
         self._greeted.add(id(log))
-        return self._wrong.draft(log)
+        return draft
 
 
 class Honest:

@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 
-from bench.drafters import Drafter, Honest, Policy, Silent, WrongTrees
+from bench.drafters import Drafter, Honest, Policy, Silent, Unheard, WrongTrees
 from bench.engine_driver import EngineDriver, EngineError, Trace
 from bench.rates import tau_reached
 from bench.texts import Texts
@@ -92,9 +92,10 @@ def measure_useless(
     """
     wrong = WrongTrees(driver.engine.model.vocabulary_size)
     silent = Silent(driver.engine.model.vocabulary_size)
+    unheard = Unheard(wrong)
     policies: dict[str, Callable[[], Policy | None]] = {
-        "alone": lambda: None,
-        "again": lambda: None,
+        "alone": lambda: unheard,
+        "again": lambda: unheard,
         "silent": lambda: silent,
         "wrong": lambda: wrong,
     }

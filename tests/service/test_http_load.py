@@ -22,7 +22,7 @@ async def test_locust_finds_nothing_wrong(tmp_path: Path) -> None:
     ):
         process = await asyncio.create_subprocess_exec(
             *(sys.executable, "-m", "locust", "-f", str(USERS_FILE), "--headless"),
-            *("--users", str(USERS), "--spawn-rate", str(USERS), "--run-time", "3s"),
+            *("--users", str(USERS), "--spawn-rate", str(USERS), "--run-time", "8s"),
             *("--host", door.url, "--csv", str(tmp_path / "load"), "--loglevel", "WARNING"),
             env={**os.environ, "OPENAI_BASE_URL": f"{door.url}/v1", "OPENAI_API_KEY": "unused"},
             stdout=asyncio.subprocess.PIPE,
