@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 import statistics
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,11 +32,30 @@ _KNOWN_TOKENS = 1_200
 
 
 @dataclass(frozen=True, slots=True)
-class UselessResult:
-    """Tokens a second at one number of sessions, round by round.
+class Estimate:
+    """A median, and the interval that holds the true one with 95%."""
 
-    The kinds of a round take turns on the same sessions, in slices so short that a machine whose
-    speed drifts is as fast for one kind as for the next.
+    median: float
+    low: float
+    high: float
+
+    @classmethod
+    def of(cls, values: Sequence[float]) -> Estimate:
+        """Of independent values; the interval from order statistics: of any distribution."""
+        ordered = sorted(values)
+        count = len(ordered)
+        reach = 0.98 * math.sqrt(count)
+        low = max(0, math.floor(count / 2 - reach) - 1)
+        high = min(count - 1, math.ceil(count / 2 + reach))
+        return cls(statistics.median(ordered), ordered[low], ordered[high])
+
+
+@dataclass(frozen=True, slots=True)
+class UselessResult:
+    """Tokens a second at one number of sessions, turn by turn.
+
+    The kinds of a turn follow each other on the same sessions, in slices so short that a machine
+    whose speed drifts is about as fast for one kind as for the next.
     """
 
     sessions: int
@@ -45,23 +65,25 @@ class UselessResult:
     silent: tuple[float, ...]
     wrong: tuple[float, ...]
 
-    def ratio(self, kind: str) -> float:
-        """Of a useless drafter over target-only, mean of both runs; median of the rounds."""
+    def ratio(self, kind: str) -> Estimate:
+        """Of a useless drafter over target-only, mean of both slices of a turn."""
         rates: tuple[float, ...] = getattr(self, kind)
-        return statistics.median(
-            2 * rate / (alone + again)
-            for rate, alone, again in zip(rates, self.alone, self.again, strict=True)
+        return Estimate.of(
+            [
+                2 * rate / (alone + again)
+                for rate, alone, again in zip(rates, self.alone, self.again, strict=True)
+            ]
         )
 
     @property
-    def noise(self) -> float:
-        """Of the second run without a drafter over the first; median of the rounds."""
-        return statistics.median(b / a for a, b in zip(self.alone, self.again, strict=True))
+    def noise(self) -> Estimate:
+        """Of the second slice without a drafter over the first."""
+        return Estimate.of([b / a for a, b in zip(self.alone, self.again, strict=True)])
 
     @property
     def floor(self) -> float:
         """The lesser of the ratios of the two useless drafters."""
-        return min(self.ratio("silent"), self.ratio("wrong"))
+        return min(self.ratio("silent").median, self.ratio("wrong").median)
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +97,12 @@ class RecoveryResult:
 
 
 KINDS = ("alone", "silent", "again", "wrong")
+_ORDERS = tuple(
+    tuple(KINDS[index] for index in order)
+    for order in ((0, 1, 3, 2), (1, 2, 0, 3), (2, 3, 1, 0), (3, 0, 2, 1))
+)
+"""Of the turns, so that each kind is as often at each place, and after each other kind (Williams,
+1949): contexts grow within a turn, which slows what comes last."""
 
 
 def measure_useless(
@@ -109,8 +137,8 @@ def measure_useless(
             with _decoding(driver, prompts, tokens) as (drafter, traces):
                 drafter.policy = policies["wrong"]()
                 _pause(driver, traces, SKIPPED_S)
-                for kind, rate in _take_turns(driver, drafter, traces, policies, window_s).items():
-                    rates[kind].append(rate)
+                for kind, turns in _take_turns(driver, drafter, traces, policies, window_s).items():
+                    rates[kind] += turns
         results.append(
             UselessResult(sessions, **{kind: tuple(rate) for kind, rate in rates.items()})
         )
@@ -123,21 +151,18 @@ def _take_turns(
     traces: Sequence[Trace],
     policies: Mapping[str, Callable[[], Policy | None]],
     window_s: float,
-) -> dict[str, float]:
-    """Tokens a second of each kind over slices that add up to `window_s` or more."""
-    tokens = dict.fromkeys(KINDS, 0)
+) -> dict[str, list[float]]:
+    """Tokens a second of each kind, turn by turn, until all have run for `window_s` or more."""
+    rates: dict[str, list[float]] = {kind: [] for kind in KINDS}
     spent_s = dict.fromkeys(KINDS, 0.0)
-    turns = deque(KINDS)
+    orders = itertools.cycle(_ORDERS)
     while min(spent_s.values()) < window_s:
-        for kind in turns:
+        for kind in next(orders):
             drafter.policy = policies[kind]()
             slice_tokens, slice_s = _slice(driver, traces)
-            tokens[kind] += slice_tokens
+            rates[kind].append(slice_tokens / slice_s)
             spent_s[kind] += slice_s
-        # So that no kind always follows the same one, nor growing contexts favour any.
-        turns.rotate(1)
-        turns.reverse()
-    return {kind: tokens[kind] / spent_s[kind] for kind in KINDS}
+    return rates
 
 
 def _slice(driver: EngineDriver, traces: Sequence[Trace]) -> tuple[int, float]:

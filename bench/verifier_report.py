@@ -9,7 +9,7 @@ from typing import Any
 from bench.memory import MemoryResult
 from bench.steps import StepResult
 from bench.throughput import SESSIONS, PrefixResult, Throughput
-from bench.useless import RecoveryResult, UselessResult
+from bench.useless import Estimate, RecoveryResult, UselessResult
 
 OURS = "outrider"
 PEERS = ("hf", "vllm")
@@ -144,15 +144,23 @@ def _throughput(results: Sequence[Throughput]) -> str:
 
 
 def _useless(results: Iterable[UselessResult]) -> str:
-    header = ("sessions", "silent drafter", "wrong trees", "target-only again")
+    header = ("sessions", "silent drafter", "wrong trees", "target-only again", "turns")
     rows = [
-        (str(r.sessions), f"{r.ratio('silent'):.3f}", f"{r.ratio('wrong'):.3f}", f"{r.noise:.3f}")
+        (
+            str(r.sessions),
+            *(_estimate(one) for one in (r.ratio("silent"), r.ratio("wrong"), r.noise)),
+            str(len(r.alone)),
+        )
         for r in results
     ]
     return (
-        "Throughput with useless drafters over target-only; the last column is noise: target-only "
-        "over target-only.\n\n" + _table(header, rows)
+        "Throughput with useless drafters over target-only, median of the turns and its 95% "
+        "interval; target-only over target-only is noise.\n\n" + _table(header, rows)
     )
+
+
+def _estimate(one: Estimate) -> str:
+    return f"{one.median:.3f} [{one.low:.3f}, {one.high:.3f}]"
 
 
 def _table(header: Sequence[str], rows: Iterable[Sequence[str]]) -> str:

@@ -32,7 +32,7 @@ from tests.support.orchestrator_process import OrchestratorProcess, orchestrator
 from tests.support.scripted_verifier import INFO, answer, commit, opened, scripted_verifier
 
 ROOMY = dataclasses.replace(INFO, length_max=1 << 20)
-COMMITS, COMMIT_TOKENS = 400, 32
+COMMITS, COMMIT_TOKENS = 100, 128
 TOKENS = COMMITS * COMMIT_TOKENS
 READER_BYTES = 700 * 1_024
 """What a slow reader may cost: ids, text and times of 12,800 tokens, and its connection."""
