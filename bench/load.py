@@ -188,6 +188,7 @@ def command(local: bool, tls: Tls | None, **options: Any) -> None:
         "endpoint",
         "model",
         "dtype",
+        "compiled",
         "drafters",
         "concurrency",
         "window_s",

@@ -158,6 +158,7 @@ class _Bench:
             here = {
                 "model": options["model"],
                 "dtype": options["dtype"],
+                "compiled": options["compiled"],
                 "drafters": list(options["drafters"]),
                 "cores": len(usable_cores()),
                 "environment": origin([]).environment,

@@ -60,8 +60,12 @@ class Dispatch:
                     running.generation.info
                 )
                 peer, running.kv_peer = running.kv_peer, None
-                if wanted or peer is not None:
-                    spec = replace(spec, candidates=wanted, kv_peer=peer)
+                spec = replace(
+                    spec,
+                    candidates=wanted or spec.candidates,
+                    kv_peer=peer or spec.kv_peer,
+                    own_guesses=session.drafters_wanted > 0,
+                )
                 verifier.open(spec)
                 if running.follower is not None:
                     running.follower.reopened()

@@ -21,7 +21,13 @@ from orchestrator.workers import (
     VerifierLink,
 )
 from outrider.config import Tls
-from outrider.domain import CANDIDATES_MAX, TARGET_SOURCE, KvPeer, ModelInfo
+from outrider.domain import (
+    CANDIDATES_MAX,
+    OWN_TEXT_SOURCE,
+    TARGET_SOURCE,
+    KvPeer,
+    ModelInfo,
+)
 from outrider.errors import InvalidRequest, Mismatch
 from outrider.registry import WorkerRecord
 
@@ -52,7 +58,7 @@ class Guesser:
     """What is behind a source number."""
 
     proposer: str
-    """Such as "lookup"; "prediction" is what clients predict."""
+    """Such as "lookup"; "prediction" is what clients predict, "own-text" what verifiers guess."""
     version: str
     """Fingerprint of the weights, or of whatever else it guesses with."""
 
@@ -111,7 +117,7 @@ class Fleet:
         self.drafters: dict[str, DrafterLink] = {}
         self._sources = itertools.count(TARGET_SOURCE + 1)
         self._prediction_source: int | None = None
-        self._guessers: dict[int, Guesser] = {}
+        self._guessers: dict[int, Guesser] = {OWN_TEXT_SOURCE: Guesser("own-text", "")}
         """By source number, those of drafters that are gone too."""
         self._codecs: dict[str, TextCodec] = {}
         self._listener: Listener | None = None
@@ -182,7 +188,8 @@ class Fleet:
                 link.source, link.gain = next(self._sources), None
                 self._guessers[link.source] = guesser
                 if len(self._guessers) > GUESSERS_MAX:
-                    del self._guessers[next(iter(self._guessers))]
+                    kept = (OWN_TEXT_SOURCE, self._prediction_source)
+                    del self._guessers[next(one for one in self._guessers if one not in kept)]
         self._listener.drafter_changed(link)
 
     def _forget_lost(

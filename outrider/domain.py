@@ -23,6 +23,9 @@ RULE_VERSION = 1
 TARGET_SOURCE = 0
 """Source number of the target itself; an orchestrator numbers its drafters from 1."""
 
+OWN_TEXT_SOURCE = (1 << 32) - 1
+"""Source number of what a verifier guesses itself, from a session's own text."""
+
 TEMPERATURE_MAX = 100.0
 REPETITION_PENALTY_MAX = 10.0
 PENALTY_MAX = 2.0
@@ -354,6 +357,8 @@ class SessionSpec:
     origin: Origin = NOBODY
     kv_peer: KvPeer | None = None
     """Who holds more of this text's KV."""
+    own_guesses: bool = False
+    """The verifier may guess as well, from the session's own text."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.candidates <= CANDIDATES_MAX:

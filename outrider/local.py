@@ -50,6 +50,8 @@ class LocalConfig:
     """Likewise, for HTTP."""
     shared_cores: bool = False
     """Others than these services compute on the same cores."""
+    compiled: bool = False
+    """Verifiers compile their steps first."""
 
 
 @dataclass(slots=True)
@@ -152,7 +154,8 @@ class LocalFleet:
     def _verifier_arguments(self) -> list[str]:
         config = self._config
         threads = max(1, (cores() - self._draft_models) // config.verifiers)
-        return [*_model_arguments(config, config.model), "--threads", str(threads)]
+        arguments = [*_model_arguments(config, config.model), "--threads", str(threads)]
+        return [*arguments, "--compile"] if config.compiled else arguments
 
     @property
     def _draft_models(self) -> int:

@@ -564,6 +564,7 @@ def session_to_pb(spec: SessionSpec) -> verifier_pb2.OpenSession:
         candidates=spec.candidates,
         origin=origin_to_pb(spec.origin),
         kv_peer=None if spec.kv_peer is None else kv_peer_to_pb(spec.kv_peer),
+        own_guesses=spec.own_guesses,
     )
 
 
@@ -585,6 +586,7 @@ def session_from_pb(message: verifier_pb2.OpenSession) -> SessionSpec:
         candidates=message.candidates,
         origin=origin_from_pb(message.origin),
         kv_peer=kv_peer_from_pb(message.kv_peer) if message.HasField("kv_peer") else None,
+        own_guesses=message.own_guesses,
     )
 
 

@@ -67,6 +67,13 @@ from verifier_service.config import EngineConfig, VerifierConfig
     help="Seconds that a grammar may take to compile; others are refused.",
 )
 @click.option(
+    "--own-guesses/--no-own-guesses",
+    default=True,
+    show_default=True,
+    help="Guess from sessions' own text, beside the drafters: what follows where the last tokens"
+    " occurred before. It takes no network, so it helps in the step right after a commit.",
+)
+@click.option(
     "--kv-pull/--no-kv-pull",
     default=EngineConfig.kv_pull,
     show_default=True,
@@ -99,6 +106,7 @@ def command(
     step_nodes_max: int,
     prefill_tokens_max: int,
     grammar_timeout_s: float,
+    own_guesses: bool,
     kv_pull: bool,
     kv_pull_wait_s: float,
     step_delay_s: float,
@@ -128,6 +136,7 @@ def command(
             step_nodes_max=step_nodes_max,
             prefill_tokens_max=prefill_tokens_max,
             grammar_timeout_s=grammar_timeout_s,
+            own_guesses=own_guesses,
             kv_pull=kv_pull,
             kv_pull_wait_s=kv_pull_wait_s,
             step_delay_s=step_delay_s,

@@ -31,6 +31,9 @@ class EngineConfig:
     """Draft messages that may wait for the next step; later ones are dropped."""
     grammar_timeout_s: float = 5.0
     """A session whose grammar takes longer to compile is refused."""
+    own_guesses: bool = False
+    """Guess from sessions' own text, beside the drafters, where a session may be guessed for. On
+    in a service unless it is switched off; an engine by itself verifies what it is given."""
     kv_pull: bool = True
     """Fetch KV from other verifiers where that is quicker than computing it, and let them fetch."""
     kv_pull_wait_s: float = 5.0

@@ -377,6 +377,7 @@ class Engine:
             tree_nodes_max=self._config.tree_nodes_max,
             tree_depth_max=self._config.tree_depth_max,
             calibrations=self._calibrations,
+            own_guesses=spec.own_guesses and self._config.own_guesses,
         )
         seat = self._seats[spec.session] = Seat(session, decider)
         self._to(connection).opened.append((spec.session, spec.epoch))
@@ -581,6 +582,8 @@ class Engine:
             )
         if last:
             self._remember(plan.seat, report)
+        else:
+            session.guess()
 
     def _remember(self, seat: Seat, report: CommitReport) -> None:
         session = seat.session

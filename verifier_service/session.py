@@ -10,11 +10,18 @@ from collections import Counter
 from collections.abc import Iterable
 
 from outrider.committed import CommittedLog
-from outrider.domain import TARGET_SOURCE, Draft, SessionSpec, SpeculationCounters
+from outrider.domain import (
+    OWN_TEXT_SOURCE,
+    TARGET_SOURCE,
+    Draft,
+    SessionSpec,
+    SpeculationCounters,
+)
 from outrider.draft_tree import DraftTree, Node, ShadowScore, draft_fault
 from outrider.model.kv_cache import SessionCache
 from verifier_service.acceptance import Verdict
 from verifier_service.calibration import WORTH_MIN, Calibrations, SessionCalibration
+from verifier_service.own_text import OwnText, claim_logprob
 
 _HOPELESS_NODES_MAX = 2
 """Nodes that are looked at of a draft none of whose nodes can pay: enough to score its source, and
@@ -27,6 +34,9 @@ takes the cores a third of a millisecond, which is all that such a source can st
 rows a step has, the more are passed over, so that a source's drafts for all of them together are
 read in every other step. The first right guess in any session ends it for all, so that honesty is
 noticed as soon whatever their number."""
+
+_OWN_GUESSES_MAX = 16
+"""Tokens guessed ahead from a session's own text."""
 
 
 class Session:
@@ -43,8 +53,12 @@ class Session:
         tree_nodes_max: int,
         tree_depth_max: int,
         calibrations: Calibrations | None = None,
+        own_guesses: bool = False,
     ) -> None:
-        """`calibrations` is what the verifier knows of all sources; by default nothing."""
+        """`calibrations` is what the verifier knows of all sources; by default nothing.
+
+        With `own_guesses`, `guess` does something.
+        """
         self.spec = spec
         self.connection = connection
         self.cache = cache
@@ -58,6 +72,7 @@ class Session:
         )
         self.stop_ids = spec.stop_ids | (frozenset() if spec.ignore_eos else eos_ids)
         self._vocabulary_size = vocabulary_size
+        self._own_text = OwnText(self.log.tokens) if own_guesses else None
         self._calibrations = calibrations or Calibrations()
         self._calibration_of: dict[int, SessionCalibration] = {}
         self._verify_steps = 0
@@ -108,6 +123,27 @@ class Session:
         if first is not None and self._calibration(source).hopeless:
             rows = self._calibrations.rows
             self._passing_over[source] = max(_PASSED_OVER_MIN, _PASSED_OVER_PER_ROW * rows - 1)
+
+    def guess(self) -> None:
+        """Guess from the session's own text what comes next; see `own_text`.
+
+        As far as guesses can pay; one at least, which shows what they would be worth.
+        """
+        if self._own_text is None or self.tree.size + _OWN_GUESSES_MAX > self.tree.nodes_max:
+            return
+        calibration = self._calibration(OWN_TEXT_SOURCE)
+        least = math.log(max(WORTH_MIN, min(1.0, self._calibrations.pay_min)))
+        for match, tokens in self._own_text.continuations():
+            node, path_logprob = self.tree.root, 0.0
+            for depth, token in zip(range(_OWN_GUESSES_MAX), tokens, strict=False):
+                claim = claim_logprob(match + depth)
+                path_logprob += calibration.apply(claim)
+                if depth and path_logprob < least:
+                    break
+                added = self.tree.add(node, token, claim, OWN_TEXT_SOURCE)
+                if added is None:
+                    break
+                node = added
 
     def passes_over(self, source: int) -> bool:
         """Asked before a draft is read: True if it shall be dropped as it is.

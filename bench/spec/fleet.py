@@ -76,6 +76,8 @@ class FleetConfig:
     """Also an orchestrator for each drafter alone, where there are several."""
     cache_dir: Path
     log_dir: Path
+    compiled: bool = False
+    """The verifier compiles its steps first."""
 
     @property
     def methods(self) -> dict[str, tuple[int, ...]]:
@@ -104,6 +106,7 @@ def spec_fleet(config: FleetConfig, console: Console) -> Iterator[Mapping[str, s
         cache_dir=config.cache_dir,
         port=None,
         shared_cores=any(drafter.computes for drafter in config.drafters),
+        compiled=config.compiled,
     )
     with contextlib.ExitStack() as stack:
         redis = stack.enter_context(start_redis(None, config.log_dir / "redis.log"))

@@ -47,6 +47,13 @@ def fleet_options(command: F) -> F:
             "--device", default="cpu", show_default=True, help="Where models run (--local)."
         ),
         click.option(
+            "--compile/--no-compile",
+            "compiled",
+            default=True,
+            show_default=True,
+            help="Let the verifier compile its steps before anything is measured (--local).",
+        ),
+        click.option(
             "--drafter",
             "drafters",
             multiple=True,
@@ -91,6 +98,7 @@ def fleet_of(
         each,
         options["cache_dir"],
         Path(tempfile.mkdtemp(prefix="outrider-bench-")),
+        options["compiled"],
     )
     console.print(f"logs: {config.log_dir}", soft_wrap=True)
     with spec_fleet(config, console) as endpoints:

@@ -1,7 +1,8 @@
 "use strict";
 const $ = id => document.getElementById(id);
 const TARGET = 0, EMPTY = "–", RETRIES = 5, POLL_MS = 2000, HISTORY = 60;
-const names = new Map([[TARGET, "the target itself"]]);
+const OWN_TEXT = 0xffffffff;
+const names = new Map([[TARGET, "the target itself"], [OWN_TEXT, "the verifier, from this text"]]);
 const workers = new Map();  // By address, as last heard of.
 const MARKS = 4000, LANE_PX = 26, STEP_PX = 22, WIDEST_PX = 30000, MARGIN_PX = 6, LABELS_PX = 140;
 const lastRuns = new Map();  // By request: what came of it with speculation, and without.

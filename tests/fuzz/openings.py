@@ -118,6 +118,7 @@ def opening(
         logprobs=draw.choice((None, None, 0, 1, 5, 20)),
         prompt_logprobs=draw.choice((None, None, None, 0, 2)),
         cache_salt=draw.choice(SALTS),
+        own_guesses=draw.random() < 0.5,
     )
     return wire.session_to_pb(spec)
 

@@ -46,6 +46,7 @@ CONFIG = EngineConfig(
     kv_overcommit=100.0,
     prefill_tokens_max=24,
     drafts_queued_max=256,
+    own_guesses=True,
     warm_up=False,
 )
 PASSES_MAX = 3_000

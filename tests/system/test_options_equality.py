@@ -16,7 +16,7 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from outrider.domain import FinishReason, Grammar, GrammarKind, SessionSpec
+from outrider.domain import OWN_TEXT_SOURCE, FinishReason, Grammar, GrammarKind, SessionSpec
 from tests.support.engine_runs import EngineRun, Outcome, oracle
 from tests.support.fleet import TARGET, load
 from tests.support.reference import Case, Expected, Tally, expect, plain_module
@@ -143,6 +143,30 @@ def test_every_option_at_once(model, config):
         if case.grammar is SCHEMA:
             assert outcome.finish is FinishReason.STOP
             json.loads(bytes(outcome.ids[:-1]))
+
+
+def test_a_verifiers_own_guesses_make_no_difference(model):
+    repeats = Case(TEXT, 60, logit_bias=((65, 50.0),), ignore_eos=True)
+    cases = [*NAMED.values(), repeats]
+    expected = [expect(TARGET, case) for case in cases]
+    engine_run = EngineRun(model, replace(ROOMY, own_guesses=True))
+    engine_run.run([spec_of(n, case, own_guesses=True) for n, case in enumerate(cases)])
+    check(cases, expected, engine_run.outcomes)
+    accepted = [
+        outcome.counters.accepted_by_source.get(OWN_TEXT_SOURCE, 0)
+        for outcome in engine_run.outcomes.values()
+    ]
+    assert accepted[-1] > 40, accepted
+    assert sum(accepted[:-1]) > 0, accepted
+
+
+def test_a_verifier_that_may_not_guess_does_not(model):
+    cases = [NAMED["long"]]
+    allowed = replace(ROOMY, own_guesses=True)
+    for config, wanted in ((ROOMY, True), (allowed, False)):
+        outcome = EngineRun(model, config).run([spec_of(0, cases[0], own_guesses=wanted)])[0]
+        assert outcome.counters.verified_draft_tokens == 0
+        assert outcome.ids
 
 
 @pytest.mark.parametrize("name", NAMED)

@@ -6,7 +6,7 @@ from typing import Any
 
 from orchestrator.fleet import Fleet, Guesser, Listener
 from orchestrator.workers import DrafterLink, LinkState
-from outrider.domain import CANDIDATES_MAX, ModelInfo
+from outrider.domain import CANDIDATES_MAX, OWN_TEXT_SOURCE, ModelInfo
 
 TARGET = ModelInfo("m", "f", "t", 300, 1_000, "none")
 
@@ -55,9 +55,14 @@ def test_every_source_has_a_name() -> None:
         lookup.source: Guesser("lookup", "lookup"),
         model.source: Guesser("language-model", "abc"),
         prediction: Guesser("prediction", ""),
+        OWN_TEXT_SOURCE: Guesser("own-text", ""),
     }
-    wanted = (0, prediction, lookup.source, 99)
-    assert rig.fleet.proposers(wanted) == {prediction: "prediction", lookup.source: "lookup"}
+    wanted = (0, prediction, lookup.source, OWN_TEXT_SOURCE, 99)
+    assert rig.fleet.proposers(wanted) == {
+        prediction: "prediction",
+        lookup.source: "lookup",
+        OWN_TEXT_SOURCE: "own-text",
+    }
 
 
 def test_what_comes_back_the_same_keeps_its_number() -> None:
