@@ -21,7 +21,7 @@ Key = tuple[int, int, int]
 """(connection, session, epoch)"""
 
 _VOCABULARY = 260
-_BESIDE_CONTENT = ("logprobs", "prompt_logprobs", "cache_salt")
+_BESIDE_CONTENT = ("logprobs", "prompt_logprobs", "cache_salt", "own_guesses")
 """Fields of an opening that do not change the output."""
 
 
