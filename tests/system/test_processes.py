@@ -51,9 +51,11 @@ def local_config(folder: Path, *, model: str = TARGET, port: int | None = None) 
 
 @pytest.fixture(autouse=True)
 def _settings(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A step time that leaves a middle of the stream, and no settings from outside."""
+    """A step time that leaves a middle of the stream, no guesses but drafters'."""
     monkeypatch.setenv("OUTRIDER_VERIFIER_STEP_DELAY_S", "0.01")
     monkeypatch.setenv("OUTRIDER_VERIFIER_WARM_UP", "0")
+    # What is accepted here is to be the drafters'.
+    monkeypatch.setenv("OUTRIDER_VERIFIER_OWN_GUESSES", "0")
     monkeypatch.delenv("REDIS_URL", raising=False)
 
 
