@@ -33,7 +33,10 @@ _KNOWN_TOKENS = 1_200
 
 @dataclass(frozen=True, slots=True)
 class Estimate:
-    """A median, and the interval that holds the true one with 95%."""
+    """A median, and the interval that holds the true one with 95%.
+
+    Below six values there is none so wide: then it is all that they span.
+    """
 
     median: float
     low: float

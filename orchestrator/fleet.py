@@ -187,9 +187,9 @@ class Fleet:
                 # Another guesser is another source: nothing that was learnt of the old one holds.
                 link.source, link.gain = next(self._sources), None
                 self._guessers[link.source] = guesser
-                if len(self._guessers) > GUESSERS_MAX:
-                    kept = (OWN_TEXT_SOURCE, self._prediction_source)
-                    del self._guessers[next(one for one in self._guessers if one not in kept)]
+            if len(self._guessers) > GUESSERS_MAX:
+                kept = (OWN_TEXT_SOURCE, self._prediction_source)
+                del self._guessers[next(one for one in self._guessers if one not in kept)]
         self._listener.drafter_changed(link)
 
     def _forget_lost(

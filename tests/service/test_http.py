@@ -120,6 +120,7 @@ async def test_every_parameter_reaches_the_verifier() -> None:
             prompt_logprobs=2,
             cache_salt="tenant",
             origin=spec.origin,
+            own_guesses=True,
         )
 
 

@@ -148,6 +148,7 @@ async def test_every_option_reaches_the_verifier() -> None:
             prompt_logprobs=2,
             cache_salt="tenant",
             origin=spec.origin,
+            own_guesses=True,
         )
 
 

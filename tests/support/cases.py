@@ -61,6 +61,7 @@ def shortened(case: Case, expected: Expected, tokens_max: int) -> tuple[Case, Ex
 
 def request(case: Case, **changes: Any) -> Request:
     """What a client sends for a case."""
+    assert case.grammar is None, "say the schema or expression yourself"
     return replace(
         Request(
             token_ids=case.prompt,
@@ -72,6 +73,11 @@ def request(case: Case, **changes: Any) -> Request:
             tokens_max=case.tokens_max,
             stop_ids=case.stop_ids,
             ignore_eos=case.ignore_eos,
+            repetition_penalty=case.repetition_penalty,
+            presence_penalty=case.presence_penalty,
+            frequency_penalty=case.frequency_penalty,
+            logit_bias=dict(case.logit_bias),
+            tokens_min=case.tokens_min,
         ),
         **changes,
     )

@@ -282,7 +282,7 @@ async def test_weights_are_swapped_while_serving(tmp_path: Path) -> None:
     versions = {
         line.split('version="')[1].split('"')[0]: float(line.split()[-1])
         for line in metrics.splitlines()
-        if line.startswith("outrider_proposer_accepted_tokens_total{")
+        if line.startswith('outrider_proposer_accepted_tokens_total{proposer="language-model"')
     }
     assert len(versions) == 2
     assert versions[found.fleet.guessers[drafting.source].version[:12]] > 0

@@ -132,6 +132,7 @@ sessions = st.builds(
     candidates=st.integers(0, CANDIDATES_MAX),
     origin=origins,
     kv_peer=st.none() | kv_peers,
+    own_guesses=st.booleans(),
 )
 budgets = st.builds(
     DraftBudget,

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
+import pytest
+
 from orchestrator.fleet import Fleet, Guesser, Listener
 from orchestrator.workers import DrafterLink, LinkState
 from outrider.domain import CANDIDATES_MAX, OWN_TEXT_SOURCE, ModelInfo
@@ -82,6 +84,14 @@ def test_other_weights_are_another_source() -> None:
     assert rig.fleet.guessers[before].version == "abc"
     assert rig.fleet.guessers[link.source].version == "def"
     assert rig.heard[-1] == ("d:1", link.source), "the driver hears of it afterwards"
+
+
+def test_too_many_numbers_cost_no_name_that_is_no_drafters(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("orchestrator.fleet.GUESSERS_MAX", 4)
+    rig = Rig()
+    prediction = rig.fleet.prediction_source
+    sources = [rig.drafter(f"d:{n}", info("lookup", f"v{n}")).source for n in range(6)]
+    assert set(rig.fleet.guessers) == {OWN_TEXT_SOURCE, prediction, *sources[-2:]}
 
 
 def test_candidates_are_asked_for_if_a_fitting_drafter_wants_them() -> None:
