@@ -22,7 +22,8 @@ _PAY_FREE = 1.0 / 16.0
 surer ones do, fewer."""
 _PAY_DEAR = 0.25
 """Where only guesses surer than this pay, third choices are left out."""
-_FLUSHES_PER_STEP = 4
+FLUSHES_PER_STEP = 8
+"""So often a drafter may send, by verify steps: what it joins for longer, a step begins without."""
 _FLUSH_MIN_S, _FLUSH_MAX_S = 0.0005, 0.05
 _PROBABILITY_MIN = 1.0 / 256.0
 """Verifiers take up nothing below this, whatever tokens cost."""
@@ -76,7 +77,7 @@ def budget_of(
     return DraftBudget(
         nodes_max=min(limits.nodes_max, max(_NODES_MIN, round(_NODES_MAX * _PAY_FREE / pays))),
         depth_max=limits.depth_max,
-        flush_interval_s=min(_FLUSH_MAX_S, max(_FLUSH_MIN_S, pace.step_s / _FLUSHES_PER_STEP)),
+        flush_interval_s=min(_FLUSH_MAX_S, max(_FLUSH_MIN_S, pace.step_s / FLUSHES_PER_STEP)),
         width_max=min(limits.width_max, 2 if pays > _PAY_DEAR else 3),
         # What a far drafter guesses is of use only once the paths to it have been committed.
         probability_min=max(_PROBABILITY_MIN, _PAY_SHARE * pace.pay_min) * 0.5**behind,

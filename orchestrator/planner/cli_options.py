@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import click
 
+from orchestrator.budgets import FLUSHES_PER_STEP
 from orchestrator.planner.knots import Knots, read_knots
 from orchestrator.planner.scenario import TreeScenario, check_agreement
 from outrider.errors import ConfigError
@@ -116,6 +117,7 @@ def figures(options: dict[str, Any]) -> TreeScenario:
         leaves=options.pop("leaves"),
         agreement=options.pop("acceptance"),
         rtt_s=options.pop("rtt_ms") / 1e3,
+        flushes_per_step=FLUSHES_PER_STEP,
         nodes_max=options.pop("step_nodes_max"),
         seed=options.pop("seed"),
     )

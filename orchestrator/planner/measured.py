@@ -24,6 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from orchestrator.budgets import FLUSHES_PER_STEP
 from orchestrator.planner.knots import Knots, check_knots
 from orchestrator.planner.modes import SESSION_STEPS, Mode, tokens_per_s
 from orchestrator.planner.tree_simulation import TreeScenario
@@ -124,6 +125,7 @@ def _measured_row(row: Mapping[str, Any]) -> MeasuredRow:
             draft_step_s=_knots(row, "draft_ms"),
             agreement=tuple(probability for probability in agreement if probability),
             rtt_s=_number(row, "rtt_ms") / 1e3,
+            flushes_per_step=FLUSHES_PER_STEP,
             **counts,
         ),
         colocated_draft=_knots(row, "colocated_draft_ms") if has_colocated else None,

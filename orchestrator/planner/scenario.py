@@ -27,6 +27,8 @@ class TreeScenario:
     """Probability that a drafter's first, second, ... choice is the target's token."""
     rtt_s: float = 0.002
     """Round trip drafter to orchestrator to verifier and back."""
+    flushes_per_step: float | None = None
+    """So often a drafter sends what it has for a session, by verify steps; None: at once."""
     sessions: int = 1
     verifiers: int = 1
     drafters: int = 1
@@ -57,6 +59,8 @@ class TreeScenario:
         check_agreement("agreement", self.agreement)
         if not (math.isfinite(self.rtt_s) and self.rtt_s >= 0.0):
             raise ConfigError(f"rtt_s: must not be negative, got {self.rtt_s}")
+        if self.flushes_per_step is not None and not self.flushes_per_step > 0.0:
+            raise ConfigError(f"flushes_per_step: must be positive, got {self.flushes_per_step}")
         if self.duration_s is not None and not self.duration_s > 0.0:
             raise ConfigError(f"duration_s: must be positive, got {self.duration_s}")
 

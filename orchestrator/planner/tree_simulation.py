@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import heapq
 import itertools
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -83,6 +84,10 @@ class _Verifier(_Worker):
 class _Drafter(_Worker):
     served: list[tuple[SessionTree, int, _Verifier]] = field(default_factory=list)
     """Sessions, with the slot that this drafter has in each, and who verifies them."""
+    fresh: dict[int, list[Node]] = field(default_factory=dict)
+    """By index of the session: expanded, and not sent yet."""
+    flushed_s: dict[int, float] = field(default_factory=dict)
+    """When something of a session was sent last."""
 
 
 @dataclass(slots=True)
@@ -132,6 +137,14 @@ class _Simulation:
                 self._served_by.setdefault(verifier.index, []).append(drafter)
         most = max(len(verifier.sessions) for verifier in self._verifiers) + scenario.nodes_max
         self._step_s = [duration_s(scenario.step, max(1, size)) for size in range(most + 1)]
+        # By the duration of a full step, since a busy verifier's hardly differ from it.
+        often = scenario.flushes_per_step
+        self._flush_s = [
+            0.0
+            if often is None
+            else self._step_s[len(verifier.sessions) + scenario.nodes_max] / often
+            for verifier in self._verifiers
+        ]
         self._counted = _Counters(before=[0] * scenario.sessions)
 
     def run(self) -> TreeResult:
@@ -192,8 +205,23 @@ class _Simulation:
         for index, node in batch:
             session, slot, _ = drafter.served[index]
             session.drafted(slot, node)
-        self._after(self._scenario.rtt_s / 2, partial(self._arrive, drafter, batch))
+            drafter.fresh.setdefault(index, []).append(node)
         self._draft(drafter)
+        self._flush(drafter)
+
+    def _flush(self, drafter: _Drafter) -> None:
+        """Send what is due: everything when there is nothing left to expand."""
+        due: list[tuple[int, Node]] = []
+        for index in list(drafter.fresh):
+            last_s = drafter.flushed_s.get(index, -math.inf)
+            if (
+                drafter.idle
+                or self._now_s - last_s >= self._flush_s[drafter.served[index][2].index]
+            ):
+                due += [(index, node) for node in drafter.fresh.pop(index)]
+                drafter.flushed_s[index] = self._now_s
+        if due:
+            self._after(self._scenario.rtt_s / 2, partial(self._arrive, drafter, due))
 
     def _arrive(self, drafter: _Drafter, batch: list[tuple[int, Node]]) -> None:
         for _, node in batch:

@@ -111,6 +111,14 @@ def test_a_draft_step_may_depend_on_its_leaves() -> None:
     assert slow.speedup < by_leaves.speedup < fast.speedup
 
 
+def test_what_is_sent_late_is_worth_less() -> None:
+    often = [simulate(replace(FLAT, flushes_per_step=n, steps=4_000)).speedup for n in (1, 4, None)]
+    assert often[0] < 0.95 * often[1] < 0.97 * often[2]
+    # Nothing is kept back for good: a drafter that has nothing left to expand sends what it has.
+    few = replace(FLAT, agreement=(1.0,), draft_step_s=0.001, nodes_max=4, flushes_per_step=0.01)
+    assert simulate(replace(few, rtt_s=0.0)).tokens_per_step > 1.0
+
+
 def test_a_seed_decides_everything() -> None:
     short = replace(FLAT, steps=60)
     assert simulate(short) == simulate(short)
@@ -145,6 +153,7 @@ def test_round_trips_never_help() -> None:
         drafters_per_session=st.integers(1, 3),
         silent_drafters=st.integers(0, 2),
         nodes_max=st.integers(0, 20),
+        flushes_per_step=st.sampled_from([None, 0.5, 8.0]),
         steps=st.just(20),
         warmup_steps=st.sampled_from([0, 3]),
     )
