@@ -362,6 +362,10 @@ Tensor attend(const Tensor& query_in, const Tensor& key_in, const Tensor& value_
 
 constexpr int64_t kPanel = 16;  // outputs computed together
 constexpr int64_t kTile = 6;    // rows computed together: with kPanel they fill sixteen vector registers
+// Bytes of the weights that are asked for ahead of their use. Left to itself the processor looks ahead by some lines
+// only, and few rows wait for memory: with it, products of up to 8 rows took about a tenth less time on a Zen 3.
+constexpr int64_t kAhead = 2048;
+constexpr int64_t kLine = 64;
 
 // How a panel stores the weights of one input. Float32: kPanel floats. Bfloat16: kLanes words, each with outputs
 // `lane` (low half) and `lane + kLanes`: a shift and a mask widen both, with no shuffling.
@@ -421,11 +425,15 @@ Tensor pack_weight(const Tensor& weight_in) {
   return packed;
 }
 
-template <typename T, int64_t kRows>
+// `kFirst`: nobody has read this panel yet.
+template <typename T, int64_t kRows, bool kFirst>
 void tile_product(const float* x, const typename Panel<T>::Word* panel, const float* bias, int64_t inputs,
                   int64_t outputs, int64_t first, T* out) {
   Floats sums[kRows][2] = {};
+  constexpr int64_t kWordBytes = sizeof(typename Panel<T>::Word), kPerLine = kLine / (Panel<T>::kWords * kWordBytes);
   for (int64_t input = 0; input < inputs; ++input, panel += Panel<T>::kWords) {
+    // Beyond the last panel it asks for what is not there, which is harmless.
+    if (kFirst && input % kPerLine == 0) __builtin_prefetch(panel + kAhead / kWordBytes);
     Floats low, high;
     Panel<T>::widen(panel, low, high);
     for (int64_t row = 0; row < kRows; ++row) {
@@ -451,7 +459,8 @@ void multiply(const float* x, const typename Panel<T>::Word* weights, const floa
       for (int64_t row = 0; row < rows;) {
         const auto tile = [&](auto size) {
           constexpr int64_t kRows = decltype(size)::value;
-          tile_product<T, kRows>(x + row * inputs, weight, bias, inputs, outputs, panel * kPanel, out + row * outputs);
+          const auto product = row == 0 ? tile_product<T, kRows, true> : tile_product<T, kRows, false>;
+          product(x + row * inputs, weight, bias, inputs, outputs, panel * kPanel, out + row * outputs);
           row += kRows;
         };
         switch (std::min(kTile, rows - row)) {
