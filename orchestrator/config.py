@@ -63,8 +63,10 @@ class JournalConfig:
     """Between attempts while Redis is away."""
     call_timeout_s: float = 2.0
     """What an attempt may take while nothing waits for it."""
-    stall_s: float = 4.0
+    stall_s: float = 0.5
     """Who stands still for longer asks who holds what before saying more."""
+    doubt_s: float = 10.0
+    """Who finds nothing out for so long, since Redis is away, too, gives its generations up."""
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,8 @@ its batch is journaled. So a delivery waits for the batch on its way and for its
 If Redis does not answer within the deadline, output goes on without it (`degraded`): then a
 generation cannot be resumed until Redis is back and has been told all that it missed. If Redis
 says that somebody else holds a generation, its run here ends and says nothing more. The deadline
-is one of time awake: an orchestrator that was stopped in between asks again before it speaks.
+is one of time awake: an orchestrator that was stopped in between asks again before it speaks, and
+gives a generation up if it cannot find out for a while who holds it.
 """
 
 from __future__ import annotations
@@ -16,11 +17,11 @@ import asyncio
 import contextlib
 import logging
 import secrets
-import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from orchestrator.config import JournalConfig
+from orchestrator.wakefulness import Wakefulness
 from outrider.domain import FinishReason, TokenLogprobs
 from outrider.errors import OutriderError, RegistryUnavailable, StaleEpoch, Unavailable
 from outrider.journal import Entry, LeaseStore, Outcome, Write
@@ -59,8 +60,9 @@ class Record(Generic[T]):
         """Redis has the lease."""
         self.anew = False
         """Redis has lost something: all is to be written again."""
-        self.doubtful = False
-        """This process has slept: somebody may have taken over, so nothing is said unasked."""
+        self.doubtful_s: float | None = None
+        """When this process was found to have slept: somebody may have taken over, so nothing is
+        said before Redis was asked."""
         self.lost = lost
         self._writer = writer
         self._deliver = deliver
@@ -115,7 +117,7 @@ class Record(Generic[T]):
 
     def written(self) -> None:
         """The batch on its way has arrived: deliver what waited for it."""
-        self.journaled, self.exists, self.anew, self.doubtful = self.taken, True, False, False
+        self.journaled, self.exists, self.anew, self.doubtful_s = self.taken, True, False, None
         outputs, self._on_its_way = self._on_its_way, []
         for output in outputs:
             self._deliver(output)
@@ -138,8 +140,7 @@ class JournalWriter:
         self._records: dict[str, Record[object]] = {}
         self._unsent: dict[str, Record[object]] = {}
         self._wake = asyncio.Event()
-        self._seen_s = time.monotonic()
-        """When this process was last seen awake."""
+        self._wakefulness = Wakefulness(config.stall_s)
         self._tasks: list[asyncio.Task[None]] = []
 
     def start(self) -> None:
@@ -192,25 +193,29 @@ class JournalWriter:
     def passes(self, record: Record[T]) -> bool:
         """Whether output need not wait."""
         self._look_awake()
-        return self.degraded and not record.doubtful
+        return self.degraded and record.doubtful_s is None
 
     def _look_awake(self) -> None:
         """Doubt everything after a sleep."""
-        now_s = time.monotonic()
-        slept_s, self._seen_s = now_s - self._seen_s, now_s
-        if slept_s > self._config.stall_s:
+        slept_s = self._wakefulness.slept_s()
+        if slept_s:
             _log.warning("this process stood still for %.1f s: asking who holds what", slept_s)
             self.degraded = False
             for record in self._records.values():
-                record.doubtful = True
+                record.doubtful_s = self._wakefulness.woke_s
             self._unsent.update(self._records)
             self._wake.set()
 
+    def _slept_since(self, since_s: float) -> bool:
+        self._look_awake()
+        woke_s = self._wakefulness.woke_s
+        return woke_s is not None and woke_s >= since_s
+
     async def _watch(self) -> None:
-        # Often enough that being awake is never mistaken for a sleep.
         while True:
             await asyncio.sleep(self._config.stall_s / 8)
             self._look_awake()
+            self._wakefulness.refresh()
 
     async def _run(self) -> None:
         config = self._config
@@ -239,20 +244,19 @@ class JournalWriter:
                 break
         for record in batch:
             del self._unsent[record.generation]
-        sent_s = time.monotonic()
+        sent_s = self._wakefulness.now_s()
         bound_s = config.call_timeout_s if self.degraded else config.deadline_s
         try:
             outcomes = await self._store.append(writes, bound_s)
         except RegistryUnavailable as error:
-            self._look_awake()
-            self._unsent.update((record.generation, record) for record in self._still(batch))
             # Of a deadline that passed during a sleep nothing follows.
-            if time.monotonic() - sent_s <= bound_s + config.stall_s / 2:
+            slept = self._slept_since(sent_s)
+            self._unsent.update((record.generation, record) for record in self._still(batch))
+            if not slept:
                 self._degrade(str(error))
             return
-        self._look_awake()
-        took_s = time.monotonic() - sent_s
-        if took_s > bound_s:  # Redis answered in time, but we were not there: ask again.
+        took_s = self._wakefulness.now_s() - sent_s
+        if self._slept_since(sent_s):  # Redis answered, but that may be long ago: ask again.
             self._unsent.update((record.generation, record) for record in self._still(batch))
             return
         if self.degraded and took_s <= config.deadline_s:
@@ -270,7 +274,7 @@ class JournalWriter:
         match outcome:
             case Outcome.WRITTEN:
                 record.written()
-            case Outcome.LOST if not record.doubtful:
+            case Outcome.LOST if record.doubtful_s is None:
                 record.anew = True
                 self.mark(record)
             case Outcome.LOST | Outcome.REFUSED:
@@ -282,12 +286,13 @@ class JournalWriter:
         if not self.degraded:
             _log.warning("going on without journals: %s", reason)
         self.degraded = True
+        now_s = self._wakefulness.now_s()
         for record in list(self._records.values()):
-            if record.doubtful:
+            if record.doubtful_s is None:
+                record.release()
+            elif now_s - record.doubtful_s > self._config.doubt_s:
                 text = "the orchestrator slept and cannot find out who holds the generation"
                 record.lost(Unavailable(text))
-            else:
-                record.release()
 
 
 def new_holder() -> bytes:

@@ -27,6 +27,8 @@ from tests.support.reference import Case, Expected
 
 SILENCE_S = 1.5
 """Who says nothing for so long is left for another orchestrator, and still listened to."""
+_READING_S = 0.25
+"""What was said while this process itself stood still is read within this time."""
 _PATIENCE_S = 90.0
 _PAUSE_S = 0.1
 _GOODBYE_S = 30.0
@@ -176,7 +178,9 @@ class Witnesses:
             try:
                 await asyncio.wait_for(generation.news.wait(), SILENCE_S)
             except TimeoutError:
-                return
+                await asyncio.sleep(_READING_S)
+                if not generation.news.is_set():
+                    return
 
     async def _part(self, generation: Generation) -> None:
         """Listen to the old streams until they end."""
