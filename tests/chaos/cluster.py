@@ -255,8 +255,11 @@ class Cluster:
             self._define_drafter(f"drafter-{number}")
         for number in range(1, config.orchestrators + 1):
             # Several on one machine: without the door, which has one default address.
-            given = ("--http-address", "off", *config.orchestrator_options)
-            self._add(f"orchestrator-{number}", "orchestrator", options=given)
+            # A dozen processes may share two cores here: a Redis that waits for a processor is not
+            # away, and what was said without it is lost with its orchestrator.
+            given = ("--http-address", "off", "--journal-deadline", "1")
+            options = (*given, *config.orchestrator_options)
+            self._add(f"orchestrator-{number}", "orchestrator", options=options)
 
     def _define_verifier(self, name: str) -> None:
         config = self.config
