@@ -106,9 +106,11 @@ class Follower:
         firm = self._agreed >= _FIRM
         firsts: set[int] = set()
         for rank, place in enumerate(self._places):
-            if self._predicted[place] in firsts:
+            guess = self._at(place)
+            # A branch besides the first may have come to the prediction's end.
+            if guess is None or guess in firsts:
                 continue
-            firsts.add(self._predicted[place])
+            firsts.add(guess)
             length = CHAIN_MAX if firm and not rank else BRANCH_MAX
             chain = self._predicted[place : place + length]
             first = len(tokens)

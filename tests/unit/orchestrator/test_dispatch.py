@@ -23,7 +23,7 @@ from outrider.domain import (
 )
 from outrider.tokenizer import byte_tokenizer
 
-LIMITS = DraftBudget(nodes_max=64, depth_max=32, width_max=3)
+LIMITS = DraftBudget(nodes_max=64, depth_max=32, flush_interval_s=0.02, width_max=3)
 INFO = ModelInfo(
     model="m",
     model_fingerprint="f",

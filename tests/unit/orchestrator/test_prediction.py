@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from orchestrator.prediction import BRANCH_MAX, CHAIN_MAX, Follower
@@ -117,6 +117,10 @@ def test_an_edit_takes_a_fraction_of_the_steps() -> None:
 
 
 @given(predicted=tokens, target=tokens)
+@example(  # one of two branches comes to the prediction's end
+    predicted=(0, 0, 1, 1, 0, 1, 0, 1, 0, 1, 1),
+    target=(0, 0, 0, 1, 0, 1, 0, 0, 0, 0, 0, 1),
+)
 def test_every_draft_is_sound(predicted: tuple[int, ...], target: tuple[int, ...]) -> None:
     follower = Follower(PROMPT, predicted)
     for length in range(len(target) + 1):
