@@ -13,9 +13,7 @@ from types import TracebackType
 from typing import Any, Self
 
 from outrider.errors import Unavailable
-from outrider.processes import die_with_parent, stop
-
-_LINUX = sys.platform == "linux"
+from outrider.processes import stop, tied
 
 
 class Child:
@@ -38,14 +36,13 @@ class Child:
         self._log_path = log_path
         with (log_path or Path(os.devnull)).open("ab") as log:
             self._process = subprocess.Popen(
-                [sys.executable, "-m", module, *arguments],
+                tied([sys.executable, "-m", module, *arguments]),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log if log_path is not None else None,
                 env=dict(environment) if environment is not None else None,
                 # A terminal's Ctrl-C is for the parent, which ends this one.
-                start_new_session=_LINUX,
-                preexec_fn=functools.partial(die_with_parent, os.getpid()) if _LINUX else None,
+                start_new_session=sys.platform == "linux",
             )
 
     @functools.cached_property

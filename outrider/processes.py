@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import ctypes
-import functools
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,9 +19,16 @@ STOP_GRACE_S: Final = 5.0
 """How long a process may take to end after SIGTERM before it is killed."""
 
 _LINUX: Final = sys.platform == "linux"
-# Loaded here and not in the child, where between fork and exec as little as possible may happen.
 _LIBC: Final = ctypes.CDLL(None, use_errno=True) if _LINUX else None
 _PR_SET_PDEATHSIG: Final = 1
+_LAUNCHER: Final = f"""
+import ctypes, os, sys
+if ctypes.CDLL(None).prctl({_PR_SET_PDEATHSIG}, {int(signal.SIGKILL)}) != 0:
+    sys.exit("the kernel does not tie processes to their parents")
+if os.getppid() != int(sys.argv[1]):
+    sys.exit(1)
+os.execvp(sys.argv[2], sys.argv[2:])
+"""
 
 
 def die_with_parent(parent_pid: int | None = None) -> None:
@@ -43,6 +50,20 @@ def die_with_parent(parent_pid: int | None = None) -> None:
         os._exit(1)
 
 
+def tied(argv: Sequence[str]) -> list[str]:
+    """Return the command that runs `argv` in a process which ends with this one.
+
+    A fresh interpreter asks the kernel for that and becomes the program. `subprocess` would do it
+    between fork and exec (`preexec_fn`), where a process with threads of gRPC or torch must not run
+    any Python: now and then it crashes there. Raises `ConfigError` if there is no such program.
+    """
+    if not _LINUX:
+        return list(argv)
+    if shutil.which(argv[0]) is None:
+        raise ConfigError(f"cannot start {argv[0]}: there is no such program")
+    return [sys.executable, "-I", "-S", "-c", _LAUNCHER, str(os.getpid()), *argv]
+
+
 def spawn(
     argv: Sequence[str], log_path: Path, env: Mapping[str, str] | None = None
 ) -> subprocess.Popen[bytes]:
@@ -58,7 +79,7 @@ def spawn(
         log_path.parent.mkdir(parents=True, exist_ok=True)
         with log_path.open("ab") as log:
             return subprocess.Popen(
-                list(argv),
+                tied(argv),
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,
@@ -66,7 +87,6 @@ def spawn(
                 # A terminal's Ctrl-C goes to a whole group, but the parent decides who ends when.
                 # Elsewhere than on Linux, sharing its fate is the best there is.
                 start_new_session=_LINUX,
-                preexec_fn=functools.partial(die_with_parent, os.getpid()) if _LINUX else None,
             )
     except (OSError, subprocess.SubprocessError) as error:
         raise ConfigError(f"cannot start {argv[0]}: {error}") from error
