@@ -118,28 +118,18 @@ async def test_who_slept_asks_before_it_speaks(degraded: bool) -> None:
         assert isinstance(at.lost[0], StaleEpoch)
 
 
-async def test_a_deadline_that_passed_in_a_sleep_is_none() -> None:
-    """The batch that was on its way then must not let its output go without an answer."""
+@pytest.mark.parametrize("first", [away, lambda: Outcome.WRITTEN], ids=["deadline", "answer"])
+async def test_what_comes_of_a_batch_in_a_sleep_is_asked_for_again(
+    first: Callable[[], Outcome],
+) -> None:
+    """Neither a deadline that passed in it nor an answer from before lets output go."""
     async with rig() as at:
         at.store.may_answer.clear()
         at.say("a")
         await at.store.asked.wait()
         at.ahead_s += 0.6
-        answers = iter([away])
+        answers = iter([first])
         at.store.answer = lambda: next(answers, lambda: Outcome.REFUSED)()
-        at.store.may_answer.set()
-        await at.until(lambda: bool(at.lost))
-        assert at.said == []
-
-
-async def test_an_answer_from_before_a_sleep_is_none() -> None:
-    async with rig() as at:
-        at.store.may_answer.clear()
-        at.say("a")
-        await at.store.asked.wait()
-        at.ahead_s += 0.6
-        answers = iter([Outcome.WRITTEN])
-        at.store.answer = lambda: next(answers, Outcome.REFUSED)
         at.store.may_answer.set()
         await at.until(lambda: bool(at.lost))
         assert at.said == []

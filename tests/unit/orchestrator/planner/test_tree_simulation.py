@@ -113,10 +113,8 @@ def test_a_draft_step_may_depend_on_its_leaves() -> None:
 
 def test_what_is_sent_late_is_worth_less() -> None:
     often = [simulate(replace(FLAT, flushes_per_step=n, steps=4_000)).speedup for n in (1, 4, None)]
-    assert often[0] < 0.95 * often[1] < 0.97 * often[2]
-    # Nothing is kept back for good: a drafter that has nothing left to expand sends what it has.
-    few = replace(FLAT, agreement=(1.0,), draft_step_s=0.001, nodes_max=4, flushes_per_step=0.01)
-    assert simulate(replace(few, rtt_s=0.0)).tokens_per_step > 1.0
+    assert often[0] < 0.95 * often[1]
+    assert often[1] < 0.99 * often[2]
 
 
 def test_a_seed_decides_everything() -> None:
