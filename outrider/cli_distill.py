@@ -182,6 +182,11 @@ def generate(
     help="Tokens that the drafter can guess, the most frequent ones.",
 )
 @click.option(
+    "--begin-with",
+    type=click.Path(path_type=Path, file_okay=False, exists=True),
+    help="A drafter to start from, such as the shipped one, when RUN has nothing trained yet.",
+)
+@click.option(
     "--batch-tokens", type=click.IntRange(min=16), default=1_536, show_default=True, help="A step."
 )
 @click.option(
@@ -218,6 +223,7 @@ def train(
     run: Path,
     layer_count: int,
     head_size: int,
+    begin_with: Path | None,
     score_s: float,
     device: Any,
     threads: int,
@@ -251,6 +257,7 @@ def train(
             report,
             layer_count=layer_count,
             head_size=head_size,
+            begin_with=begin_with,
             device=device,
             threads=threads,
             score_s=score_s,

@@ -127,6 +127,7 @@ def train(
     layers: Sequence[int] | None = None,
     layer_count: int = 3,
     head_size: int = 8_192,
+    begin_with: Path | None = None,
     device: Device = "auto",
     threads: int = 0,
     score_s: float = 180.0,
@@ -136,13 +137,20 @@ def train(
 
     `layers`: those of the target that the student starts from, by default the first
     `layer_count`. Where a run goes on, they stay as they are; the head follows the text that
-    there is.
+    there is. `begin_with`: a drafter of the same target whose weights a new run starts from.
     """
     set_threads(threads)
-    target = whole_target(run.target.model, run.target_folder)
     state = _state(run.state)
+    older = None if begin_with is None else read_folder(begin_with)
+    if older is not None and state is not None:
+        raise ConfigError(f"{run.state} is there already, and goes on; begin another run")
+    if older is not None and older.target.digest != run.target.digest:
+        raise ConfigError(f"{begin_with} is for another target than {run.folder}")
+    target = whole_target(run.target.model, run.target_folder)
     if state is not None:
         layers = state["layers"]
+    elif older is not None:
+        layers = older.layers
     else:
         layers = layers or default_layers(layer_count, target.config.num_hidden_layers)
     # The head's rows are the target's own, so others may take their place at any time.
@@ -156,6 +164,8 @@ def train(
     del target
     if state is not None:
         trainer.resume(state, run.state)
+    elif older is not None:
+        trainer.begin_with(older.weights, older.kept)
     else:
         trainer.fit()
     last: list[Report] = []

@@ -237,6 +237,26 @@ class Trainer:
             self._turn.copy_(torch.linalg.solve(squares, products))
             self._average[_TURN].copy_(self._turn)
 
+    def begin_with(self, weights: Mapping[str, torch.Tensor], kept: Sequence[int]) -> None:
+        """Begin with what `weights` returned for a head of the ids `kept`, instead of `fit`.
+
+        Raises `ConfigError` if they are those of another shape.
+        """
+        head: Any = self.student.get_output_embeddings()
+        (head_name,) = (n for n, p in own_parameters(self.student).items() if p is head.weight)
+        own = self._parameters.keys() - {_TURN}
+        shapes = {name: tensor.shape for name, tensor in weights.items() if name != head_name}
+        if shapes != {name: self._parameters[name].shape for name in own}:
+            raise ConfigError("the drafter to begin with has other layers than the one to train")
+        with torch.no_grad():
+            for name in own:
+                self._parameters[name].copy_(weights[name])
+            rows = self._full_head[torch.tensor(kept)].float()
+            turned = torch.linalg.lstsq(rows, weights[head_name].float()).solution
+            self._parameters[_TURN].copy_(turned.T)
+            for name, parameter in self._parameters.items():
+                self._average[name].copy_(parameter)
+
     def weights(self) -> dict[str, torch.Tensor]:
         """Return the averaged student's own weights, ready to be stored."""
         with self.averaged(), torch.no_grad():

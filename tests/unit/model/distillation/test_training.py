@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -94,6 +95,34 @@ def test_a_run_that_was_stopped_ends_with_the_same_weights(written: Run, tmp_pat
     assert ours.kept == theirs.kept
     for name, weight in ours.weights.items():
         assert torch.equal(weight, theirs.weights[name]), name
+
+
+def test_a_run_begins_with_a_drafter_that_there_is(written: Run, tmp_path: Path) -> None:
+    older, newer = copied(written, tmp_path / "older"), copied(written, tmp_path / "newer")
+    reported = trained(older, steps_max=6)[-1].agreement
+    standing = replace(CONFIG, rate=1e-9)
+    first = trained(newer, config=standing, steps_max=1, begin_with=older.drafter)[-1].agreement
+    fitted = copied(written, tmp_path / "fitted")
+    trained(fitted, config=standing, steps_max=1)
+    # But for the rounding of stored weights.
+    assert first == pytest.approx(reported, abs=0.03)
+    begun_with = read_folder(older.drafter).weights
+    for name, weight in begun_with.items():
+        near = (read_folder(newer.drafter).weights[name] - weight).norm()
+        assert near < 0.3 * (read_folder(fitted.drafter).weights[name] - weight).norm(), name
+
+
+def test_a_drafter_to_begin_with_must_fit(written: Run, tmp_path: Path) -> None:
+    run = copied(written, tmp_path / "run")
+    trained(run, steps_max=1)
+    with pytest.raises(ConfigError, match="begin another run"):
+        trained(run, begin_with=run.drafter)
+    other = copied(written, tmp_path / "other")
+    config = json.loads((run.drafter / "config.json").read_text())
+    config["target"]["digest"] = "0" * 64
+    (run.drafter / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ConfigError, match="another target"):
+        trained(other, begin_with=run.drafter)
 
 
 def test_nothing_is_done_when_all_tokens_have_been_seen(written: Run, tmp_path: Path) -> None:
