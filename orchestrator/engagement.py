@@ -92,7 +92,9 @@ class Engagement:
 
 
 def _useless(gains: Mapping[int, float], tokens: float, speedup: float) -> tuple[int, ...]:
-    if speedup < SPEEDUP_MIN:
+    # What verifiers guess from the text itself, and what clients predict, needs no drafter.
+    without = max(1.0, tokens - sum(gains.values()))
+    if speedup < SPEEDUP_MIN or tokens / without < SPEEDUP_MIN:
         return tuple(gains)
     # The one that wins most stays: what it would win alone is not known.
     best = max(gains, key=lambda binding: gains[binding])

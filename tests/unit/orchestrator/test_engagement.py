@@ -6,7 +6,7 @@ import pytest
 
 from orchestrator.budgets import VerifierPace
 from orchestrator.engagement import Engagement, Judgement, Rotation
-from outrider.domain import SpeculationCounters, StepReport
+from outrider.domain import OWN_TEXT_SOURCE, SpeculationCounters, StepReport
 
 STEP_S = 0.022
 SOURCES = {1: 11, 2: 12}
@@ -18,21 +18,25 @@ def pace() -> VerifierPace:
     return found
 
 
-def counters(steps: int, first: int, second: int = 0, *, received: int = 99) -> SpeculationCounters:
-    by_source = {11: first, 12: second}
+def counters(
+    steps: int, first: int, second: int = 0, *, received: int = 99, own_text: int = 0
+) -> SpeculationCounters:
+    by_source = {11: first, 12: second, OWN_TEXT_SOURCE: own_text}
     return SpeculationCounters(
         verify_steps=steps,
-        accepted_draft_tokens=first + second,
+        accepted_draft_tokens=first + second + own_text,
         received_draft_tokens=received,
         accepted_by_source=by_source,
     )
 
 
-def judged(first: int, second: int = 0, *, steps: int = 40, received: int = 99) -> Judgement | None:
+def judged(
+    first: int, second: int = 0, *, steps: int = 40, received: int = 99, own_text: int = 0
+) -> Judgement | None:
     engagement = Engagement()
     begin = counters(10, 5, 5, received=0)
     assert engagement.look(0.0, begin, SOURCES, pace()) is None
-    end = counters(10 + steps, 5 + first, 5 + second, received=received)
+    end = counters(10 + steps, 5 + first, 5 + second, received=received, own_text=own_text)
     return engagement.look(steps * STEP_S, end, SOURCES, pace())
 
 
@@ -52,6 +56,19 @@ def test_drafters_that_win_nothing_are_useless() -> None:
 
 def test_of_two_the_one_that_adds_nothing_is_useless() -> None:
     judgement = judged(80, 2)
+    assert judgement is not None
+    assert judgement.useless == (2,)
+
+
+def test_drafters_are_not_kept_for_what_verifiers_guess_themselves() -> None:
+    judgement = judged(1, own_text=80)
+    assert judgement is not None
+    assert judgement.useless == (1, 2)
+    assert judgement.speedup > 3.0
+
+
+def test_what_drafters_add_to_what_verifiers_guess_counts() -> None:
+    judgement = judged(20, own_text=80)
     assert judgement is not None
     assert judgement.useless == (2,)
 
