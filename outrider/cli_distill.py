@@ -63,6 +63,7 @@ def distill() -> None:
     2. The drafter learns:     outrider distill train RUN --tokens 1000000
     3. How good is it?         outrider distill evaluate RUN/drafter --prompts questions.jsonl
     4. Use it:                 outrider local --draft-model RUN/drafter
+    5. Use it elsewhere:       outrider distill export RUN/drafter FOLDER
 
     \b
     Two processes write twice as fast on two cores; call both, with --process 0 and --process 1:
@@ -335,6 +336,27 @@ def evaluate(
             ),
         )
     _print_scores(scores, tree, as_json)
+
+
+@distill.command()
+@click.argument("drafter", type=click.Path(path_type=Path, file_okay=False, exists=True))
+@click.argument("folder", type=click.Path(path_type=Path))
+@click.option("--target", help="Where the target is, if not where it was.")
+@cache_option
+def export(drafter: Path, folder: Path, target: str | None, cache_dir: Path) -> None:
+    """Write DRAFTER to FOLDER as an ordinary model, for other engines.
+
+    With embeddings, tokenizer and a head over the whole vocabulary, in float32; several times as
+    large. Transformers takes it as `assistant_model`, others as their draft model.
+    """
+    from outrider.model.distillation.export import export_drafter
+    from outrider.model.distillation.folder import read_folder
+    from outrider.model.loading import resolve_model
+
+    _log_to_stderr()
+    place = resolve_model(target or read_folder(drafter).target.model, cache_dir).folder
+    export_drafter(drafter, place, folder, cache_dir)
+    click.echo(f"{folder}: ready")
 
 
 def _print_scores(scores: dict[str, Score], tree: bool, as_json: bool) -> None:

@@ -26,6 +26,8 @@ from outrider.processes import spawn
 from outrider.redis_server import RedisServer, start_redis
 
 READY_TIMEOUT_S = 300.0
+_COMPILED_READY_TIMEOUT_S = 1200.0
+"""Compiling anew took five minutes of a core, and others may want that core as well."""
 STOP_TIMEOUT_S = 20.0
 _POLL_S = 0.1
 _LOG_TAIL_LINES = 15
@@ -183,7 +185,8 @@ class LocalFleet:
 
     def _wait_ready(self) -> None:
         wanted = self._config.verifiers + self._config.drafters
-        deadline_s = time.monotonic() + READY_TIMEOUT_S
+        timeout_s = _COMPILED_READY_TIMEOUT_S if self._config.compiled else READY_TIMEOUT_S
+        deadline_s = time.monotonic() + timeout_s
         with (
             self._console.status("waiting for the workers") as status,
             Client(self.endpoint) as client,
@@ -202,7 +205,7 @@ class LocalFleet:
                     return
                 if time.monotonic() > deadline_s:
                     raise Unavailable(
-                        f"{ready} of {wanted} workers ready after {READY_TIMEOUT_S:g} s; "
+                        f"{ready} of {wanted} workers ready after {timeout_s:g} s; "
                         f"logs in {self.log_dir}"
                     )
                 status.update(f"waiting for the workers: {ready} of {wanted} ready")

@@ -35,17 +35,33 @@ class Served:
         return TextCodec.from_files(resolve_model(model, cache_dir).tokenizer_files())
 
     def target(self, tokens_max: int) -> Target:
-        """The same for peers."""
+        """The same for peers; a distilled drafter as a folder that they can load."""
         from outrider.model.loading import resolve_model
 
-        draft = self.draft_model
+        folder = resolve_model(self.model, self.cache_dir).folder
         return Target(
-            resolve_model(self.model, self.cache_dir).folder,
+            folder,
             self.dtype,
             len(usable_cores()),
             _PROMPT_TOKENS_MAX + tokens_max,
-            None if draft is None else resolve_model(draft, self.cache_dir).folder,
+            self._assistant(folder),
         )
+
+    def _assistant(self, target_folder: Path) -> Path | None:
+        from outrider.model.distillation.export import export_drafter
+        from outrider.model.distillation.folder import is_distilled, read_folder
+        from outrider.model.loading import resolve_model
+
+        draft = self.draft_model
+        if draft is None:
+            return None
+        if not is_distilled(draft):
+            return resolve_model(draft, self.cache_dir).folder
+        exported = self.cache_dir / "exported" / read_folder(Path(draft)).digest[:12]
+        if not exported.exists():
+            exported.parent.mkdir(parents=True, exist_ok=True)
+            export_drafter(Path(draft), target_folder, exported, self.cache_dir)
+        return exported
 
 
 def names_of(text: str) -> tuple[str, ...]:

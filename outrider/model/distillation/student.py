@@ -107,6 +107,24 @@ def own_parameters(student: PreTrainedModel) -> dict[str, nn.Parameter]:
     }
 
 
+def turn_of(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
+    """Return the matrix [hidden, hidden] that turned the target's `rows` into a student's `head`.
+
+    Both are [outputs, hidden]: `head` is `rows` times the transposed matrix, see `training`.
+    """
+    return torch.linalg.lstsq(rows.float(), head.float()).solution.T
+
+
+def turned_rows(
+    target_head: torch.Tensor, kept: Sequence[int], head: torch.Tensor
+) -> torch.Tensor:
+    """Complete a student's `head` of the `kept` ids to one of the whole vocabulary."""
+    rows = target_head[list(kept)]
+    whole = target_head.float() @ turn_of(rows, head).T
+    whole[list(kept)] = head.float()
+    return whole
+
+
 def frequent_ids(counts: torch.Tensor, size: int, always: Sequence[int]) -> tuple[int, ...]:
     """Return the `size` most frequent ids, ascending, those of `always` among them.
 

@@ -30,7 +30,7 @@ from torch import nn
 from outrider.errors import ConfigError
 from outrider.model.distillation.batches import Batch, batch_of, batches, split
 from outrider.model.distillation.corpus import Corpus
-from outrider.model.distillation.student import own_parameters
+from outrider.model.distillation.student import own_parameters, turn_of
 
 _TURN = "turn"
 _FIT_TOKENS = 16_384
@@ -251,9 +251,8 @@ class Trainer:
         with torch.no_grad():
             for name in own:
                 self._parameters[name].copy_(weights[name])
-            rows = self._full_head[torch.tensor(kept)].float()
-            turned = torch.linalg.lstsq(rows, weights[head_name].float()).solution
-            self._parameters[_TURN].copy_(turned.T)
+            rows = self._full_head[torch.tensor(kept)]
+            self._parameters[_TURN].copy_(turn_of(rows, weights[head_name]))
             for name, parameter in self._parameters.items():
                 self._average[name].copy_(parameter)
 
