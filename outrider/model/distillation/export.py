@@ -27,7 +27,9 @@ _WEIGHTS = ("*.safetensors", "*.safetensors.index.json", "config.json")
 """What of the target's folder is not for the drafter."""
 
 
-def export_drafter(drafter_folder: Path, target_folder: Path, folder: Path, cache_dir: Path) -> None:
+def export_drafter(
+    drafter_folder: Path, target_folder: Path, folder: Path, cache_dir: Path
+) -> None:
     """Write a drafter to `folder` as transformers stores models, float32.
 
     `target_folder` has the target that it was made for. Raises `ConfigError` for another one or if

@@ -115,9 +115,7 @@ def turn_of(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
     return torch.linalg.lstsq(rows.float(), head.float()).solution.T
 
 
-def turned_rows(
-    target_head: torch.Tensor, kept: Sequence[int], head: torch.Tensor
-) -> torch.Tensor:
+def turned_rows(target_head: torch.Tensor, kept: Sequence[int], head: torch.Tensor) -> torch.Tensor:
     """Complete a student's `head` of the `kept` ids to one of the whole vocabulary."""
     rows = target_head[list(kept)]
     whole = target_head.float() @ turn_of(rows, head).T

@@ -59,9 +59,7 @@ def drafter(tmp_path: Path, target: Path) -> Path:
     return tmp_path / "drafter"
 
 
-def test_an_exported_drafter_says_what_it_said(
-    drafter: Path, target: Path, tmp_path: Path
-) -> None:
+def test_an_exported_drafter_says_what_it_said(drafter: Path, target: Path, tmp_path: Path) -> None:
     export_drafter(drafter, target, tmp_path / "plain", tmp_path)
     plain: Any = AutoModelForCausalLM.from_pretrained(tmp_path / "plain", dtype=torch.float32)
     found = read_folder(drafter)
