@@ -112,7 +112,8 @@ def turn_of(rows: torch.Tensor, head: torch.Tensor) -> torch.Tensor:
 
     Both are [outputs, hidden]: `head` is `rows` times the transposed matrix, see `training`.
     """
-    return torch.linalg.lstsq(rows.float(), head.float()).solution.T
+    solution: torch.Tensor = torch.linalg.lstsq(rows.float(), head.float()).solution
+    return solution.T
 
 
 def turned_rows(target_head: torch.Tensor, kept: Sequence[int], head: torch.Tensor) -> torch.Tensor:
