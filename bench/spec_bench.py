@@ -30,7 +30,7 @@ from bench.spec.identity import Identity, IdentityStore, run_with, summed
 from bench.spec.measuring import Field, Plan, measure, open_jobs, seconds_of
 from bench.spec.options import check_where, fleet_of, fleet_options
 from bench.spec.peers import Served, names_of, start_peers
-from bench.spec.publishing import publish, summaries_of
+from bench.spec.publishing import ours_over, publish, summaries_of
 from bench.spec.questions import choose, read_questions
 from bench.spec.results import Results, read_results
 from outrider.client import Client
@@ -242,6 +242,7 @@ class _Bench:
             self._identity_so_far(),
             peers,
             unavailable,
+            ours_over(answers),
         )
         publish(results, path, self.console, as_json=self._options["as_json"])
 

@@ -13,7 +13,7 @@ from bench.spec.contenders import BASELINE
 from bench.spec.fleet import OURS
 from bench.spec.report import markdown, result_line
 from bench.spec.results import Results, write_results
-from bench.spec.statistics import Summary, by_round, summarize
+from bench.spec.statistics import OVERALL, Summary, by_round, summarize
 
 
 def summaries_of(answers: Sequence[Answer]) -> tuple[Summary, ...]:
@@ -25,6 +25,20 @@ def summaries_of(answers: Sequence[Answer]) -> tuple[Summary, ...]:
         for name in names
     ]
     return tuple(summary for summary in found if summary is not None)
+
+
+def ours_over(answers: Sequence[Answer]) -> dict[str, float]:
+    """Compare ours with each other contender, greedy, over the rounds that have both."""
+    rounds = by_round(answers, 0.0)
+    found = {
+        name: summarize(rounds, OURS, name, 0.0)
+        for name in {answer.contender for answer in answers} - {OURS}
+    }
+    return {
+        name: summary.speedups[OVERALL].value
+        for name, summary in sorted(found.items())
+        if summary is not None
+    }
 
 
 def publish(results: Results, path: Path, console: Console, *, as_json: bool = False) -> None:

@@ -44,14 +44,15 @@ def markdown(results: Results, *, intervals: bool = True) -> str:
 
 
 def speed_table(rows: Sequence[Summary], *, intervals: bool) -> str:
-    """Speed-ups by sub-task, and absolute speed."""
+    """Speed-ups by sub-task, and absolute speed; with the questions where not all had the same."""
     tasks = _tasks(rows)
     header = ["", *(_TITLES.get(task, task) for task in tasks), "tokens/s", "first token, ms"]
+    differ = len({row.questions for row in rows}) > 1
     return table(
         header,
         (
             [
-                row.contender,
+                f"{row.contender}, {_counted(row.questions)}" if differ else row.contender,
                 *(_cell(row.speedups.get(task), intervals=intervals) for task in tasks),
                 f"{row.tokens_per_s.value:.1f}",
                 f"{1e3 * row.first_token_s:.0f}",
@@ -67,13 +68,13 @@ def result_line(results: Results) -> str:
     tasks = [] if ours is None else [ours.speedups[t].value for t in ours.speedups if t != OVERALL]
     fields = {
         "overall": None if ours is None else ours.speedups[OVERALL].value,
-        "vs_vllm": results.ratio(OURS, "vllm"),
-        "vs_vllm_ngram": results.ratio(OURS, "vllm-ngram"),
-        "vs_hf": results.ratio(OURS, "hf"),
-        "vs_hf_lookup": results.ratio(OURS, "hf-lookup"),
-        "vs_hf_assisted": results.ratio(OURS, "hf-assisted"),
-        "vs_llama_cpp": results.ratio(OURS, "llama-cpp"),
-        "vs_openvino": results.ratio(OURS, "openvino"),
+        "vs_vllm": results.ours_over.get("vllm"),
+        "vs_vllm_ngram": results.ours_over.get("vllm-ngram"),
+        "vs_hf": results.ours_over.get("hf"),
+        "vs_hf_lookup": results.ours_over.get("hf-lookup"),
+        "vs_hf_assisted": results.ours_over.get("hf-assisted"),
+        "vs_llama_cpp": results.ours_over.get("llama-cpp"),
+        "vs_openvino": results.ours_over.get("openvino"),
         "min_category": min(tasks, default=None),
         "tau": None if ours is None else ours.taus[OVERALL].value,
     }
@@ -178,7 +179,11 @@ def _tasks(rows: Sequence[Summary]) -> list[str]:
 
 
 def _questions(rows: Sequence[Summary]) -> str:
-    return f"{max((row.questions for row in rows), default=0)} questions"
+    return _counted(max((row.questions for row in rows), default=0))
+
+
+def _counted(questions: int) -> str:
+    return f"{questions} question{'s' if questions != 1 else ''}"
 
 
 def _cell(value: Interval | None, *, intervals: bool) -> str:

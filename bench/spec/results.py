@@ -12,7 +12,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from bench.machine import Origin
 from bench.spec.identity import Identity
-from bench.spec.statistics import OVERALL, Summary
+from bench.spec.statistics import Summary
 from outrider.errors import ConfigError
 
 
@@ -29,6 +29,8 @@ class Results:
     """Versions and settings, as the peers themselves state them."""
     unavailable: Mapping[str, str]
     """Why a peer has no figures."""
+    ours_over: Mapping[str, float]
+    """By contender: greedy speed of ours over its speed, over the rounds that have both."""
 
     def summary(self, contender: str, temperature: float) -> Summary | None:
         """Find one contender's."""
@@ -36,12 +38,6 @@ class Results:
             if summary.contender == contender and summary.temperature == temperature:
                 return summary
         return None
-
-    def ratio(self, contender: str, other: str, temperature: float = 0.0) -> float | None:
-        """Speed of one over that of another, each over the baseline; None if either is missing."""
-        pair = [self.summary(name, temperature) for name in (contender, other)]
-        speeds = [found.speedups[OVERALL].value for found in pair if found is not None]
-        return speeds[0] / speeds[1] if len(speeds) == 2 else None
 
 
 _ADAPTER = TypeAdapter(Results)

@@ -12,6 +12,7 @@ from bench.load_results import write_load
 from bench.machine import origin
 from bench.page import BEGIN, END, between_markers, command
 from bench.spec.identity import Difference, Identity
+from bench.spec.publishing import ours_over
 from bench.spec.report import markdown, result_line
 from bench.spec.results import Results, read_results, write_results
 from bench.spec.statistics import by_round, summarize
@@ -44,6 +45,7 @@ def _results() -> Results:
         Identity("float32", 24, 3, 2, (Difference(1, 0, 7, 2e-4),)),
         {"vllm": {"vllm": "0.1", "speculative": None}},
         {"openvino": "not installed"},
+        ours_over(_ANSWERS),
     )
 
 

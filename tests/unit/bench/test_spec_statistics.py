@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 import pytest
 
 from bench.spec.answers import Answer, Turn
+from bench.spec.publishing import ours_over, summaries_of
+from bench.spec.report import speed_table
 from bench.spec.statistics import OVERALL, acceptance_by_depth, by_round, speedup, summarize, tau
 
 
@@ -121,3 +123,24 @@ def test_intervals_hold_the_truth_as_often_as_they_say() -> None:
 
 def test_nobody_without_a_counterpart_is_summarized() -> None:
     assert summarize(_rounds(answer(1, "o", 1.0)), "o", "b", 0.0) is None
+
+
+def test_ours_is_compared_with_others_where_both_have_answered() -> None:
+    answers = [
+        answer(1, "target-only", 4.0),
+        answer(1, "outrider", 2.0),  # 2 tokens/s
+        answer(1, "vllm", 4.0),  # 1
+        answer(2, "target-only", 4.0),
+        answer(2, "outrider", 0.1),  # the peer was not asked
+        answer(3, "target-only", 1.0, temperature=1.0),
+        answer(3, "outrider", 0.1, temperature=1.0),
+    ]
+    found = ours_over(answers)
+    assert found.keys() == {"target-only", "vllm"}
+    assert found["vllm"] == pytest.approx(2.0)
+    assert found["target-only"] == pytest.approx(21.0)
+    rows = [s for s in summaries_of(answers) if s.temperature == 0.0]
+    table = speed_table(rows, intervals=False)
+    assert "outrider, 2 questions" in table
+    assert "| vllm, 1 question |" in table
+    assert "questions" not in speed_table(rows[:1], intervals=False)
