@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TypeAlias
 
 from drafter_service.mirror import Mirror
-from drafter_service.proposers.base import Proposer
+from drafter_service.proposers.base import Overlapping, Proposer
 from outrider.domain import ModelInfo
 from outrider.draft_tree import Advance
 from verifier_service.step_times import StepTimes
@@ -61,6 +61,10 @@ class ShapedProposer:
     def reset(self) -> None:
         """Forget the steps so far."""
         self.steps, self.busy_s = 0, 0.0
+
+    def overlap(self, work: Callable[[], None]) -> bool:
+        """See `Overlapping`."""
+        return isinstance(self._inner, Overlapping) and self._inner.overlap(work)
 
     def open(self, mirror: Mirror) -> None:
         """Begin with a session."""

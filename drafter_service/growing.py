@@ -29,7 +29,7 @@ from drafter_service.messages import (
     Unbind,
 )
 from drafter_service.mirror import GapError, Mirror
-from drafter_service.proposers.base import CandidateTaker, Proposer
+from drafter_service.proposers.base import CandidateTaker, Overlapping, Proposer
 from drafter_service.shelf import Key, Shelf
 from outrider.domain import (
     BindSpec,
@@ -72,10 +72,9 @@ class Grower:
         emit: Callable[[dict[int, Outputs]], None],
     ) -> None:
         self.steps = 0
-        self._proposer = proposer
-        self._taker = proposer if isinstance(proposer, CandidateTaker) else None
         self._config = config
         self._emit = emit
+        self._use(proposer)
         self._inbox: Inbox[Command | Swap] = Inbox(droppable_max=0)
         self._shelf = Shelf(config.mirrors_bytes_max, config.aside_tokens_max)
         self._outputs: dict[int, Outputs] = {}
@@ -128,7 +127,17 @@ class Grower:
                 # After each: a thousand may have come at once.
                 self._bound_memory()
             busy = self._grow()
-            self._flush(everything=not busy)
+            if not busy:
+                self._flush(everything=True)
+            elif not self._overlaps:
+                self._flush()
+
+    def _use(self, proposer: Proposer) -> None:
+        """Guess with `proposer` from now on."""
+        self._proposer = proposer
+        self._taker = proposer if isinstance(proposer, CandidateTaker) else None
+        # What a step guessed leaves while the next one computes: no step waits for it.
+        self._overlaps = isinstance(proposer, Overlapping) and proposer.overlap(self._flush)
 
     def _grow(self) -> bool:
         mirrors = self._shelf.live
@@ -152,7 +161,7 @@ class Grower:
             self._step = GrowReport(self._step_s, self._proposer.leaves_max, started_s)
         return busy
 
-    def _flush(self, *, everything: bool) -> None:
+    def _flush(self, *, everything: bool = False) -> None:
         now_s = time.monotonic()
         for mirror in self._shelf.live:
             if not mirror.fresh:
@@ -210,8 +219,7 @@ class Grower:
         mirrors = self._shelf.live
         for mirror in mirrors:
             self._free(mirror)
-        self._proposer = new
-        self._taker = new if isinstance(new, CandidateTaker) else None
+        self._use(new)
         self._step, self._step_s = None, 0.0
         command.swapped(new)
         for mirror in mirrors:

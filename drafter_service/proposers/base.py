@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Protocol, TypeVar, runtime_checkable
 
 from drafter_service.mirror import Mirror
@@ -55,6 +55,19 @@ class CandidateTaker(Protocol):
         """Take in what a step computed for a session, before the step's commit is followed.
 
         Some may be missing, and ids are not checked: they may be outside the vocabulary.
+        """
+        ...
+
+
+@runtime_checkable
+class Overlapping(Protocol):
+    """A proposer whose steps have time for other work."""
+
+    def overlap(self, work: Callable[[], None]) -> bool:
+        """Do `work` in each step that computes something, from now on, where it costs least.
+
+        That is while an accelerator computes, or before the processor does, on the thread that
+        called `grow`; the step's own guesses are not attached yet. False if no step computes.
         """
         ...
 

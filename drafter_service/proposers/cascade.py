@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import hashlib
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 from drafter_service.mirror import Mirror
-from drafter_service.proposers.base import CandidateTaker, Proposer
+from drafter_service.proposers.base import CandidateTaker, Overlapping, Proposer
 from outrider.domain import Candidates, ModelInfo
 from outrider.draft_tree import Advance
 from outrider.errors import ConfigError
@@ -66,6 +66,12 @@ class CascadeProposer:
         for stage in self._stages:
             if isinstance(stage, CandidateTaker):
                 stage.take(mirror, candidates)
+
+    def overlap(self, work: Callable[[], None]) -> bool:
+        """Have the stages that compute do `work`; see `Overlapping`."""
+        return any(
+            [isinstance(stage, Overlapping) and stage.overlap(work) for stage in self._stages]
+        )
 
     def advanced(self, mirror: Mirror, tokens: Sequence[int], advance: Advance) -> None:
         """Tell all stages, the spared ones too."""

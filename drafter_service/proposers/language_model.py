@@ -11,8 +11,9 @@ Daliri et al., arXiv 2408.07978).
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from drafter_service.calibration import ClaimCalibration
@@ -20,7 +21,7 @@ from drafter_service.mirror import Mirror
 from drafter_service.proposers.frontier import Entry, Frontier
 from drafter_service.proposers.leaf_queue import Leaf, LeafQueue, Offer, turns
 from outrider.config import Quantize
-from outrider.domain import DraftBudget, ModelInfo
+from outrider.domain import DraftBudget, ModelInfo, SamplingParams
 from outrider.draft_tree import Advance, Node
 from outrider.kv_blocks import BlockPool
 from outrider.model.distillation.drafting import DistilledModel
@@ -103,6 +104,7 @@ class LanguageModelProposer:
         self._calibration = ClaimCalibration()
         self._learning = learning
         self._states: dict[tuple[int, int], _State] = {}
+        self._meanwhile: Callable[[], None] | None = None
 
     @property
     def info(self) -> ModelInfo:
@@ -123,6 +125,11 @@ class LanguageModelProposer:
         """Begin with the KV that earlier sessions left of the text's beginning, if any."""
         cache = self._pool.new_cache(mirror.spec.cache_salt)
         self._states[mirror.key] = _State(cache, root=mirror.tree.root)
+
+    def overlap(self, work: Callable[[], None]) -> bool:
+        """Do `work` in each step while the model computes; see `Overlapping`."""
+        self._meanwhile = work
+        return True
 
     def advanced(self, mirror: Mirror, tokens: Sequence[int], advance: Advance) -> None:
         """Keep the KV of the surviving path; a miss costs only the committed tokens."""
@@ -171,21 +178,21 @@ class LanguageModelProposer:
         rows, growths = self._plan(mirrors)
         if not rows:
             return False
-        logits = self._model.forward(rows)
+        logits = self._model.forward(rows, self._meanwhile)
         for growth in growths:
             self._states[growth.mirror.key].cache.publish(growth.mirror.log.tokens)
-        places = [(growth.mirror.spec, node) for growth in growths for _, node in growth.nodes]
-        if places:
+        samplings: list[SamplingParams] = []
+        seeds: list[int] = []
+        positions: list[int] = []
+        for growth in growths:
+            spec, count = growth.mirror.spec, len(growth.nodes)
+            samplings += [spec.sampling] * count
+            seeds += [spec.seed] * count
+            # A node at index i of the sequence is followed by the token at index i + 1.
+            positions += [node.position + 1 for _, node in growth.nodes]
+        if positions:
             guesses = iter(
-                ranked_guesses(
-                    logits,
-                    [spec.sampling for spec, _ in places],
-                    [spec.seed for spec, _ in places],
-                    # A node at index i of the sequence is followed by the token at index i + 1.
-                    [node.position + 1 for _, node in places],
-                    self._width,
-                    self._kept,
-                )
+                ranked_guesses(logits, samplings, seeds, positions, self._width, self._kept)
             )
             for growth in growths:
                 self._attach(growth, guesses)
@@ -195,10 +202,14 @@ class LanguageModelProposer:
         """Give the nodes their children; consumes one guess for each."""
         mirror = growth.mirror
         state = self._states[mirror.key]
+        width, sampled = mirror.budget.width_max, not mirror.spec.sampling.greedy
+        # What the model says of siblings is not what it has turned out to mean.
+        claims: Callable[[Guesses], Guesses] = list
+        if self._learning:
+            claims = partial(self._calibration.claims, sampled)
         for path_logprob, node in growth.nodes:
-            said = next(guesses)[: mirror.budget.width_max]
-            state.said[node] = said
-            wanted = self._claimed(mirror, said)
+            state.said[node] = said = next(guesses)[:width]
+            wanted = claims(said)
             if node.children:
                 for token, logprob in wanted:
                     mirror.attach(node, token, logprob)
@@ -207,12 +218,6 @@ class LanguageModelProposer:
             children = mirror.expand(node, wanted)
             if state.frontier is not None:
                 state.frontier.add_children(children, path_logprob - node.path_logprob)
-
-    def _claimed(self, mirror: Mirror, said: Guesses) -> Guesses:
-        """Turn what the model says of siblings into what it has turned out to mean."""
-        if not self._learning:
-            return said
-        return self._calibration.claims(not mirror.spec.sampling.greedy, said)
 
     def _plan(self, mirrors: Sequence[Mirror]) -> tuple[list[Row], list[_Growth]]:
         rows: list[Row] = []
@@ -229,7 +234,8 @@ class LanguageModelProposer:
                 behind.append(mirror)
             else:
                 ready.append(mirror)
-        self._catch_up(behind, rows, growths)
+        if behind:
+            self._catch_up(behind, rows, growths)
         for mirror, entries in _by_mirror(self._queue.take(self._offers(ready), self._leaves_max)):
             state = self._states[mirror.key]
             # Room for a better one may have cost this one its KV.
@@ -369,7 +375,10 @@ def load_language_model_proposer(
 
 
 def _by_mirror(leaves: Sequence[Leaf]) -> list[tuple[Mirror, list[Entry]]]:
-    grouped: dict[tuple[int, int], tuple[Mirror, list[Entry]]] = {}
+    grouped: dict[int, tuple[Mirror, list[Entry]]] = {}
     for mirror, entry in leaves:
-        grouped.setdefault(mirror.key, (mirror, []))[1].append(entry)
+        group = grouped.get(id(mirror))
+        if group is None:
+            group = grouped[id(mirror)] = mirror, []
+        group[1].append(entry)
     return list(grouped.values())

@@ -6,7 +6,7 @@ one pass. Module definitions are transformers' own; the batch and the cache are 
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Protocol, TypeAlias
 
@@ -121,13 +121,18 @@ class LanguageModel(Protocol):
         For drafters and tests; who must keep a budget makes a pool.
         """
 
-    def forward(self, rows: Sequence[Row]) -> torch.Tensor:
+    def forward(
+        self, rows: Sequence[Row], meanwhile: Callable[[], None] | None = None
+    ) -> torch.Tensor:
         """Run the rows and return the wanted logits, float32 [sum(len(wanted)), vocabulary].
 
         Row after row, in the order of each row's `wanted`. The new tokens are then part of their
         caches. A row's logits do not depend on its company beyond rounding. Raises ValueError
         for wrong rows and OutOfBlocks where the KV budget has no room for the new tokens; in both
         cases no cache has changed what it holds.
+
+        `meanwhile` is called once where it costs least time: while an accelerator computes, or
+        before the processor does. The caches are as they were. What it raises ends the pass.
         """
 
 
@@ -208,12 +213,20 @@ class TransformersModel:
             self._pool = self.new_pool()
         return self._pool.new_cache()
 
-    def forward(self, rows: Sequence[Row]) -> torch.Tensor:
+    def forward(
+        self, rows: Sequence[Row], meanwhile: Callable[[], None] | None = None
+    ) -> torch.Tensor:
         """Run the rows; see `LanguageModel.forward`."""
         extensions = self._planned(rows)
+        accelerated = self.device.type != "cpu"
+        if meanwhile is not None and not (rows and accelerated):
+            meanwhile()
         if not rows:
             return torch.empty((0, self.vocabulary_size), device=self.device)
         logits = self.run(self._inputs(rows, extensions), rows[0].cache.pool)
+        if meanwhile is not None and accelerated:
+            # All is launched; whoever reads the logits waits for them.
+            meanwhile()
         # Last, so that a pass that failed has not changed what the caches claim to hold.
         for row, extension in zip(rows, extensions, strict=True):
             row.cache.apply(extension)

@@ -149,12 +149,16 @@ class SyntheticModel:
             self._pool = self.new_pool()
         return self._pool.new_cache()
 
-    def forward(self, rows: Sequence[Row]) -> torch.Tensor:
+    def forward(
+        self, rows: Sequence[Row], meanwhile: Callable[[], None] | None = None
+    ) -> torch.Tensor:
         """Say what follows, in the stated time; see `LanguageModel.forward`."""
         started_s = self._pacer.now_s()
         extensions = plan_rows(
             rows, self.layout, vocabulary_size=self.vocabulary_size, length_max=self.length_max
         )
+        if meanwhile is not None:
+            meanwhile()
         if not rows:
             return torch.empty((0, self.vocabulary_size))
         for row, extension in zip(rows, extensions, strict=True):

@@ -333,11 +333,11 @@ async def test_a_step_that_fails_ends_its_sessions_and_nothing_else():
         def __getattr__(self, name):
             return getattr(self.inner, name)
 
-        def forward(self, rows):
+        def forward(self, rows, meanwhile=None):
             self.calls += 1
             if self.calls == 20:
                 raise RuntimeError("out of memory, say")
-            return self.inner.forward(rows)
+            return self.inner.forward(rows, meanwhile)
 
     async with contextlib.AsyncExitStack() as stack:
         stumbling = await stack.enter_async_context(verifier(Stumbling(), config=ENGINE))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import pytest
@@ -98,6 +98,20 @@ def test_sessions_are_decided_one_by_one_and_anew_for_each_text() -> None:
     commit(proposer, rich, 9)
     assert dear.asked[-1] == (1, 33), "what lookup knew was wrong"
     assert promised_tokens(rich, 1) == 0.0
+
+
+def test_other_work_goes_to_the_stages_that_compute() -> None:
+    class Computing(Chain):
+        def overlap(self, work: Callable[[], None]) -> bool:
+            self.work = work
+            return True
+
+    done: list[int] = []
+    assert cascade(Chain(), Chain()).overlap(lambda: done.append(0)) is False
+    dear = Computing()
+    assert cascade(Chain(), dear, Chain()).overlap(lambda: done.append(1)) is True
+    dear.work()
+    assert done == [1]
 
 
 def test_what_later_stages_guess_does_not_silence_them() -> None:

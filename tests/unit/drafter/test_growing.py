@@ -207,6 +207,43 @@ def test_a_busy_proposers_guesses_are_joined() -> None:
         assert [draft.tokens for draft in it.drafts()] == [(4,), (4, 5, 6, 7)]
 
 
+def test_guesses_leave_while_the_next_step_computes() -> None:
+    """And at once when there is no next step."""
+
+    class Overlapping(CountingProposer):
+        computing = False
+
+        def overlap(self, work: Callable[[], None]) -> bool:
+            self.work = work
+            return True
+
+        def _extend(self, mirror: Mirror) -> bool:
+            if len(list(mirror.tree)) == mirror.budget.depth_max:
+                return False
+            self.computing = True
+            self.work()
+            self.computing = False
+            return super()._extend(mirror)
+
+    class Watched(Driven):
+        def _emit(self, outputs: dict[int, Outputs]) -> None:
+            if any(output.drafts for output in outputs.values()):
+                while_computing.append(proposer.computing)
+            super()._emit(outputs)
+
+    while_computing: list[bool] = []
+    proposer = Overlapping()
+    it = Watched(proposer, GrowingConfig())
+    it.grower.start()
+    try:
+        it.submit(Bind(1, spec()))
+        it.reaches(7)
+    finally:
+        it.grower.stop(PATIENCE_S)
+    assert [draft.tokens for draft in it.drafts()] == [(4,), (4, 5), (4, 5, 6), (4, 5, 6, 7)]
+    assert while_computing == [True, True, True, False]
+
+
 def test_the_house_bounds_every_budget() -> None:
     with driven(nodes_max=2, depth_max=3) as it:
         it.submit(Bind(1, spec(budget=DraftBudget(9, 9, 0.0))))

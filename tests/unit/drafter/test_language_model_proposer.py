@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -69,9 +69,9 @@ class Watched:
         pool.new_cache = remember  # type: ignore[method-assign]
         return pool
 
-    def forward(self, rows: Sequence[Row]) -> Any:
+    def forward(self, rows: Sequence[Row], meanwhile: Callable[[], None] | None = None) -> Any:
         self.passes.append([len(row.tokens) for row in rows])
-        return self._model.forward(rows)
+        return self._model.forward(rows, meanwhile)
 
 
 def proposer_of(model: Any, **options: Any) -> LanguageModelProposer:
@@ -129,6 +129,20 @@ def grow_out(proposer: LanguageModelProposer, *mirrors: Mirror) -> int:
         if not proposer.grow(mirrors):
             return step
     raise AssertionError("growth does not end")
+
+
+def test_other_work_is_done_once_a_step_before_its_guesses_are_attached(
+    model: LanguageModel,
+) -> None:
+    proposer = proposer_of(model)
+    mirror = opened(proposer, spec_of(GREEDY))
+    sizes: list[int] = []
+    assert proposer.overlap(lambda: sizes.append(mirror.tree.size))
+    grown: list[int] = []
+    while proposer.grow([mirror]):
+        grown.append(mirror.tree.size)
+    assert len(grown) > 2
+    assert sizes == [0, *grown[:-1]]
 
 
 def follow(proposer: LanguageModelProposer, mirror: Mirror, *tokens: int) -> int:

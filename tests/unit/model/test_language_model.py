@@ -276,6 +276,15 @@ def test_a_pass_without_room_changes_no_cache(model: TransformersModel) -> None:
     assert pool.tokens_used == 0
 
 
+def test_other_work_comes_before_the_caches_change(model: TransformersModel) -> None:
+    cache = model.new_pool(96).new_cache()
+    lengths: list[int] = []
+    model.forward([Row(cache, PROMPT)], lambda: lengths.append(cache.prefix_length))
+    assert lengths == [0]
+    assert cache.prefix_length == len(PROMPT)
+    cache.release()
+
+
 @pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
 def test_lower_precision_stays_near(dtype: str, plain: Any) -> None:
     model = load(SPEC, dtype)

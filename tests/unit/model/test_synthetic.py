@@ -276,6 +276,16 @@ def test_wrong_rows_raise_and_change_no_cache() -> None:
         assert (bad.prefix_length, bad.tree_size) == (len(PROMPT), 1)
 
 
+@pytest.mark.parametrize("spec", [TARGET, DRAFT])
+def test_other_work_comes_before_the_caches_change(spec: str) -> None:
+    model = made(spec)
+    cache = model.new_cache()
+    lengths: list[int] = []
+    model.forward([Row(cache, [1, 2, 3], None, [2])], lambda: lengths.append(cache.prefix_length))
+    assert lengths == [0]
+    assert cache.prefix_length == 3
+
+
 def test_too_little_room_changes_no_cache() -> None:
     model = made(TARGET)
     pool = model.new_pool(2 * BLOCK_TOKENS)
