@@ -77,6 +77,12 @@ _LIMITS = DriverConfig().budget_limits
     help="A tenant's share in drafters beside the others', who have 1; repeatable.",
 )
 @click.option(
+    "--own-guesses/--no-own-guesses",
+    default=DriverConfig.own_guesses,
+    show_default=True,
+    help="Have verifiers guess from generations' own text, beside the drafters.",
+)
+@click.option(
     "--verifier-timeout",
     "verifier_timeout_s",
     type=click.FloatRange(min=0.1),
@@ -148,6 +154,7 @@ def command(
     draft_depth_max: int,
     draft_width_max: int,
     tenant_weights: tuple[tuple[str, float], ...],
+    own_guesses: bool,
     verifier_timeout_s: float,
     worker_timeout_s: float,
     failover_wait_s: float,
@@ -184,6 +191,7 @@ def command(
                 nodes_max=draft_nodes_max, depth_max=draft_depth_max, width_max=draft_width_max
             ),
             tenant_weights=dict(tenant_weights),
+            own_guesses=own_guesses,
             verifier_timeout_s=verifier_timeout_s,
             worker_timeout_s=worker_timeout_s,
             failover_wait_s=failover_wait_s,

@@ -28,6 +28,8 @@ class DriverConfig:
     """Bounds of what drafters are told."""
     tenant_weights: Mapping[str, float] = field(default_factory=dict)
     """Tenants' shares in drafters, beside each other; whoever is not named has 1."""
+    own_guesses: bool = True
+    """Verifiers are asked to guess from sessions' own text, beside the drafters."""
     silence_s: float = 5.0
     """Without a commit for this long, the verifier is asked to repeat."""
     verifier_timeout_s: float = 60.0

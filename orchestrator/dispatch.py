@@ -27,12 +27,21 @@ class Dispatch:
     """Finds the worker's link for a command and queues it there; a lost worker is skipped."""
 
     def __init__(
-        self, fleet: Fleet, limits: DraftBudget, tenant_weights: Mapping[str, float] | None = None
+        self,
+        fleet: Fleet,
+        limits: DraftBudget,
+        tenant_weights: Mapping[str, float] | None = None,
+        *,
+        own_guesses: bool = True,
     ) -> None:
-        """`limits` bounds every budget; a tenant without a weight has 1."""
+        """`limits` bounds every budget; a tenant without a weight has 1.
+
+        Without `own_guesses` no verifier is asked to guess from sessions' own text.
+        """
         self._fleet = fleet
         self._tenant_weights = tenant_weights or {}
         self._limits = limits
+        self._own_guesses = own_guesses
         self._budgets: dict[tuple[str, str], DraftBudget] = {}
         """What was said last, by verifier and drafter: their sessions share one object."""
         self._fresh: set[tuple[str, str]] = set()
@@ -64,7 +73,7 @@ class Dispatch:
                     spec,
                     candidates=wanted or spec.candidates,
                     kv_peer=peer or spec.kv_peer,
-                    own_guesses=session.drafters_wanted > 0,
+                    own_guesses=self._own_guesses and session.drafters_wanted > 0,
                 )
                 verifier.open(spec)
                 if running.follower is not None:

@@ -145,7 +145,9 @@ class Driver:
         self._config = config
         self._journal = journal
         self._running: dict[int, Running] = {}
-        self._dispatch = Dispatch(fleet, config.budget_limits, config.tenant_weights)
+        self._dispatch = Dispatch(
+            fleet, config.budget_limits, config.tenant_weights, own_guesses=config.own_guesses
+        )
         self._balancer = Balancer(fleet, lambda running: self.placer.held(running.prefix))
         self._rotation: Rotation = Rotation()
         self._unread: dict[Generation, float] = {}

@@ -1,6 +1,7 @@
 """A fleet on this machine: one verifier, and orchestrators that differ in drafters.
 
 All orchestrators share the verifier, so that methods are compared over one and the same target.
+Its own guesses from the text are for the one that has all drafters; each drafter alone is a method.
 Each is given its drafters by static address; the verifier is found through Redis.
 """
 
@@ -122,9 +123,7 @@ def spec_fleet(config: FleetConfig, console: Console) -> Iterator[Mapping[str, s
         ]
         endpoints = {}
         for name, numbers in config.methods.items():
-            command = ["orchestrator", "--http-address", "off"]
-            for number in numbers:
-                command += ["--drafter", addresses[number]]
+            command = orchestrator_command(name, [addresses[number] for number in numbers])
             found = {**os.environ, "REDIS_URL": redis.url}
             endpoints[name] = services.start(f"orchestrator-{name}", command, found)
         with console.status("waiting for the drafters"):
@@ -167,6 +166,15 @@ def _drafter_command(config: FleetConfig, drafter: DrafterSpec) -> list[str]:
         command += ["--dtype", config.dtype, "--device", config.device]
         command += ["--cache-dir", str(config.cache_dir)]
     return command
+
+
+def orchestrator_command(contender: str, drafters: Sequence[str]) -> list[str]:
+    """Return the command of a contender's orchestrator, given its drafters' addresses."""
+    command = ["orchestrator", "--http-address", "off"]
+    if contender != OURS:
+        # What a method is worth by itself.
+        command.append("--no-own-guesses")
+    return [*command, *(word for address in drafters for word in ("--drafter", address))]
 
 
 def _wait_ready(services: _Services, endpoint: str, wanted: int) -> None:

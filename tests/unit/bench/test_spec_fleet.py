@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from bench.spec.fleet import DrafterSpec, FleetConfig
+from bench.spec.fleet import DrafterSpec, FleetConfig, orchestrator_command
 from bench.spec.peers import names_of
 from outrider.errors import ConfigError
 
@@ -45,6 +45,14 @@ def test_each_drafter_is_a_contender_of_its_own_beside_all_together() -> None:
     assert (
         "outrider-cascade-lookup-recycling" in config("cascade:lookup,recycling", "lookup").methods
     )
+
+
+def test_only_all_together_have_the_verifiers_own_guesses_beside_them() -> None:
+    together = orchestrator_command("outrider", ["a:1", "b:2"])
+    assert together[-4:] == ["--drafter", "a:1", "--drafter", "b:2"]
+    assert "--no-own-guesses" not in together
+    alone = orchestrator_command("outrider-lookup", ["a:1"])
+    assert set(alone) - set(together) == {"--no-own-guesses"}
 
 
 def test_unknown_peers_are_refused_by_name() -> None:
