@@ -7,7 +7,8 @@ sessions in the order of their path probability and stop where
 
 is greatest. All prefixes are tried, since T is a staircase on some machines. Draft length is not
 a parameter but a result: it falls to zero by itself where verifying more tokens costs more time
-than it wins.
+than it wins. What prompts take in the same step is left out of T: they take it in any case, and
+beside it the dearest guess would look cheap, for which the prompts then wait.
 """
 
 from __future__ import annotations
@@ -63,6 +64,9 @@ def choose_nodes(
     durations_s = times.predict_all(
         rows + other_tokens, nodes_max, kv_tokens=kv_tokens, prefill_tokens=other_tokens
     )
+    if other_tokens:
+        prompts_s = max(0.0, durations_s[0] - times.predict(rows, kv_tokens=kv_tokens))
+        durations_s = [duration_s - prompts_s for duration_s in durations_s]
     best_goodput = (1.0 + GAIN_MIN) * rows / durations_s[0]
     pay_min = max(0.0, _pay_min(rows, best_goodput, durations_s))
     heap = _first_candidates(trees, depths_max)

@@ -46,6 +46,12 @@ def chain_tree(*logprobs: float) -> DraftTree:
     return tree
 
 
+def cost_s(times: StepTimes, rows: int, other_tokens: int, count: int) -> float:
+    """Duration of a step with so many nodes, less what its prompts take."""
+    prompts_s = times.predict(rows + other_tokens) - times.predict(rows)
+    return times.predict(rows + other_tokens + count) - prompts_s
+
+
 def brute_force(
     trees: Sequence[DraftTree],
     depths_max: Sequence[int],
@@ -64,7 +70,7 @@ def brute_force(
     rows = len(trees)
     return max(
         (rows + math.fsum(math.exp(logprob) for logprob in usable[:count]))
-        / times.predict(rows + other_tokens + count)
+        / cost_s(times, rows, other_tokens, count)
         for count in range(min(nodes_max, len(usable)) + 1)
     )
 
@@ -101,7 +107,7 @@ def test_the_choice_is_the_best_of_all_prefixes(
             assert node.position - tree.root.position <= depth_max
             probability += math.exp(paths[node])
     assert choice.expected_tokens == pytest.approx(len(trees) + probability)
-    goodput = choice.expected_tokens / times.predict(len(trees) + other_tokens + count)
+    goodput = choice.expected_tokens / cost_s(times, len(trees), other_tokens, count)
     best = brute_force(trees, depths_max, times, other_tokens, nodes_max)
     none = brute_force(trees, depths_max, times, other_tokens, 0)
     if best > none * (1 + GAIN_MIN) * (1 + 1e-9):
@@ -135,6 +141,16 @@ def test_where_nodes_are_free_all_are_taken() -> None:
 
 def test_where_tokens_cost_their_time_none_is_taken() -> None:
     assert chosen_count(chain_tree(*[-0.1] * 20), STEEP) == 0
+
+
+def test_a_guess_is_not_cheaper_beside_a_prompt() -> None:
+    """A step of 200 prompt tokens takes long, and one of its tokens is little of it."""
+    times = learnt(lambda tokens: 0.02 + 0.002 * tokens)
+    for probability, worth in ((0.15, True), (0.08, False)):
+        tree = chain_tree(math.log(probability))
+        for other_tokens in (0, 200):
+            choice = choose_nodes([tree], [9], times, other_tokens=other_tokens, nodes_max=8)
+            assert bool(choice.nodes[0]) is worth, (probability, other_tokens)
 
 
 def test_hopeless_guesses_are_not_verified() -> None:
