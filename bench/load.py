@@ -248,13 +248,16 @@ def _measure(
             )
 
     fresh = random.SystemRandom().getrandbits(32)
-    for number, rate in enumerate(options["rates"]):
-        for repeat in range(options["repeats"]):
-            times_s = arrivals(rate, options["window_s"], seed=number * 1_000 + repeat)
-            # Whose turn it is to begin goes round.
-            sides = SIDES if (number + repeat) % 2 == 0 else SIDES[::-1]
-            for side in sides:
-                yield asyncio.run(run(side, rate, times_s, f"{fresh}-{rate}-{repeat}-{side}"))
+    # One event loop for all: grpc.aio complains of those that are gone.
+    with asyncio.Runner() as runner:
+        for number, rate in enumerate(options["rates"]):
+            for repeat in range(options["repeats"]):
+                times_s = arrivals(rate, options["window_s"], seed=number * 1_000 + repeat)
+                # Whose turn it is to begin goes round.
+                sides = SIDES if (number + repeat) % 2 == 0 else SIDES[::-1]
+                for side in sides:
+                    salt = f"{fresh}-{rate}-{repeat}-{side}"
+                    yield runner.run(run(side, rate, times_s, salt))
 
 
 def _draw(console: Console, results: LoadResults, path: Path) -> None:

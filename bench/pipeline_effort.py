@@ -8,6 +8,7 @@ from dataclasses import dataclass
 PARTS: Mapping[str, str] = {
     "rtt": "One session at round trips of 0.5 to 50 ms, beside the other ways to speculate.",
     "draft": "The same at 2 ms with draft steps of 4, 6.7 and 8.2 ms, and with one leaf a step.",
+    "slowed": "One session with all times five times as long: what this machine's own time costs.",
     "floor": "Drafters of no use, a silent one and a poor one at 50 ms, against target-only.",
     "fleet": "1 to 64 sessions on 4 verifiers and 8 drafters: goodput, and how busy verifiers are.",
     "recover": "Acceptance dropped to 0.05 and raised again, with drafters bound and unbound.",
@@ -55,6 +56,10 @@ class Effort:
     """Of the part with many sessions: (slowed, sessions). All times of a fleet are so much longer,
     since one machine has to run what would be thirteen: the synthetic models of eight busy drafters
     take 3.6 ms of two cores for a draft step, which must be far less than what it stands for."""
+    slowed: float = 5.0
+    """All times of the part `slowed` are so much longer, its windows as well."""
+    slowed_round_trips_ms: tuple[float, ...] = (2.0, 10.0)
+    """Of that part, before they are made longer."""
     phase_s: float = 5.0
     """Of constant acceptance, in the part that changes it."""
     simulated_steps: int = 4_000
@@ -90,6 +95,8 @@ QUICK = Effort(
     plain_window_s=1.0,
     round_trips_ms=(0.5, 20.0),
     draft_steps_ms=(8.2,),
+    slowed=2.0,
+    slowed_round_trips_ms=(2.0,),
     fleets=((5.0, (1, 16)),),
     phase_s=2.0,
     simulated_steps=500,
@@ -115,6 +122,9 @@ def seconds_of(part: str, effort: Effort) -> float:
             return 2 * _START_S + len(effort.round_trips_ms) * _row_s(effort)
         case "draft":
             return (len(effort.draft_steps_ms) + 1) * (_START_S + _row_s(effort))
+        case "slowed":
+            row_s = effort.slowed * _row_s(effort)
+            return _START_S + len(effort.slowed_round_trips_ms) * row_s
         case "floor":
             return 2 * (_START_S + _row_s(effort))
         case "fleet":

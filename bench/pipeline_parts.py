@@ -64,6 +64,7 @@ class Bench:
         parts: dict[str, Callable[[], None]] = {
             "rtt": self._rtt,
             "draft": self._draft,
+            "slowed": self._slowed,
             "floor": self._floor,
             "fleet": self._fleet,
             "recover": self._recover,
@@ -103,6 +104,19 @@ class Bench:
             setting = Setting(draft_ms=draft_ms)
             self._one_row(setting, DRAFT_RTT_MS, f"draft step {draft_ms:g} ms")
         self._one_row(Setting(leaves=1), DRAFT_RTT_MS, "one leaf")
+
+    def _slowed(self) -> None:
+        """The same where the machine's own time weighs less: what the protocol itself loses."""
+        factor = self._effort.slowed
+        setting = Setting().slowed(factor)
+        load = self._load(setting)
+        load = replace(load, skipped_s=factor * load.skipped_s, window_s=factor * load.window_s)
+        with self._surviving("fleet"), SyntheticFleet(setting) as fleet:
+            for ms in self._effort.slowed_round_trips_ms:
+                name = f"{factor:g} times rtt {ms:g} ms"
+                with self._surviving(name):
+                    rtt_s = fleet.set_round_trip(factor * ms / 1_000)
+                    self._measure(fleet, setting, name, factor * ms, rtt_s, load, factor)
 
     def _floor(self) -> None:
         """Drafters that are of no use."""

@@ -12,6 +12,7 @@ from bench.relaying import samples
 
 _GOALS: tuple[tuple[str, str, float], ...] = (
     ("vs_simulation", "at least", 0.9),
+    ("vs_simulation_slowed", "at least", 0.9),
     ("planner_error", "at most", 0.1),
     ("floor", "at least", 0.98),
     ("worst_vs_target", "at least", 0.98),

@@ -213,6 +213,7 @@ class Results:
         )
         compared = [row for row in self.rows if row.part in ("rtt", "draft", "fleet")]
         figures["vs_simulation"] = _least(row.vs_simulation for row in compared)
+        figures["vs_simulation_slowed"] = _least(row.vs_simulation for row in self.of("slowed"))
         planned = (abs(ratio - 1) for row in self.rows if (ratio := row.vs_planned) is not None)
         figures["planner_error"] = max(planned, default=None)
         figures["floor"] = _least(row.speedup for row in self.of("floor"))

@@ -7,8 +7,8 @@ import pytest
 from bench.pipeline_effort import PARTS, QUICK, Countdown, Effort, seconds_of
 
 
-def test_a_whole_run_fits_into_about_half_an_hour() -> None:
-    assert sum(seconds_of(part, Effort()) for part in PARTS) < 33 * 60
+def test_a_whole_run_fits_into_three_quarters_of_an_hour() -> None:
+    assert sum(seconds_of(part, Effort()) for part in PARTS) < 45 * 60
 
 
 def test_every_part_fits_into_a_minute_if_quick() -> None:

@@ -89,7 +89,8 @@ def test_a_silent_drafter_is_one_for_the_planner_too() -> None:
 
 def test_the_last_line_has_every_key_even_if_nothing_was_measured() -> None:
     keys = (
-        "rtt0.5 rtt2 rtt5 rtt10 rtt20 worst_vs_target occupancy vs_simulation planner_error floor"
+        "rtt0.5 rtt2 rtt5 rtt10 rtt20 worst_vs_target occupancy vs_simulation vs_simulation_slowed"
+        " planner_error floor"
     )
     expected = dict.fromkeys([*keys.split(), "recover_s", "recover_up_s"], "na")
     assert last_line(Results()) == expected
@@ -99,6 +100,8 @@ def test_the_last_line_says_the_worst_of_each() -> None:
     rows = [
         row("rtt", 2.0, 3.5, occupancy=(0.2,)),
         row("rtt", 20.0, 2.5, planned=2.5 * 44 / 0.93),
+        row("slowed", 10.0, 3.8),
+        row("slowed", 50.0, 3.7),
         row("floor", 2.0, 0.99),
         row("floor", 50.0, 0.97),
         row("fleet", 2.0, 2.0, setting=Setting(sessions=4), occupancy=(0.4,)),
@@ -116,6 +119,7 @@ def test_the_last_line_says_the_worst_of_each() -> None:
     assert said["occupancy"] == "0.97"
     # Useless drafters have no business with it.
     assert said["vs_simulation"] == f"{0.95 * 44 / 180:.2f}"
+    assert said["vs_simulation_slowed"] == f"{3.7 / (180 / 45):.2f}"
     assert said["planner_error"] == "0.07"
     assert said["recover_s"] == "1.50"
     assert said["recover_up_s"] == "na"
