@@ -104,8 +104,9 @@ class LoadResults:
         return float(values[min(len(values) - 1, int(share * len(values)))])
 
     def ratio(self, rate: float) -> float:
-        """Speculated over target-only tokens a second."""
-        return self.tokens_per_s(SPECULATED, rate) / self.tokens_per_s(TARGET_ONLY, rate)
+        """Speculated over target-only tokens a second: median over pairs of the same arrivals."""
+        pairs = zip(self.of(SPECULATED, rate), self.of(TARGET_ONLY, rate), strict=False)
+        return statistics.median(ours.tokens_per_s / plain.tokens_per_s for ours, plain in pairs)
 
 
 _ADAPTER = TypeAdapter(LoadResults)
@@ -153,8 +154,8 @@ def result_line(results: LoadResults) -> str:
     gain = best[SPECULATED] / best[TARGET_ONLY] if best[TARGET_ONLY] else None
     peaks = {side: max(results.tokens_per_s(side, rate) for rate in rates) for side in SIDES}
     return (
-        f"result: load min_ratio={min(map(results.ratio, rates)):.2f}"
-        f" saturation_ratio={peaks[SPECULATED] / peaks[TARGET_ONLY]:.2f}"
+        f"result: load min_ratio={min(map(results.ratio, rates)):.3f}"
+        f" saturation_ratio={peaks[SPECULATED] / peaks[TARGET_ONLY]:.3f}"
         f" goodput_ratio={'na' if gain is None else f'{gain:.2f}'}"
         f" tokens_per_s={peaks[SPECULATED]:.1f}"
     )
@@ -169,7 +170,7 @@ def _cells(results: LoadResults, rate: float, side: str) -> Sequence[str]:
         f"{rate:g}" if side == TARGET_ONLY else "",
         side,
         f"{results.tokens_per_s(side, rate):.1f}",
-        "" if side == TARGET_ONLY else f"{results.ratio(rate):.2f}",
+        "" if side == TARGET_ONLY else f"{results.ratio(rate):.3f}",
         pair("first_token_s", 1, 2),
         pair("per_token_s", 1e3, 0),
         pair("total_s", 1, 2),

@@ -141,6 +141,9 @@ def command(results_dir: Path, docs: Path, readme: Path) -> None:
     if load.exists():
         sections.append(load_section(read_load(load), _plot(load, docs / "load.png")))
     sections += _tables(results_dir, "verifier", "The verifier beside its peers")
+    drafting = _tables(results_dir, "drafting", "Proposers, coupling, claims", "drafters")
+    if drafting:
+        sections += ["## Drafters\n", _DRAFTERS, *drafting]
     synthetic = _tables(results_dir, "pipeline", "Pipelining over links with stated round trips")
     if synthetic:
         sections += ["## Synthetic models\n", _SYNTHETIC, *synthetic]
@@ -149,23 +152,31 @@ def command(results_dir: Path, docs: Path, readme: Path) -> None:
     click.echo(path)
 
 
+_DRAFTERS = """\
+Without a fleet: trees are waited for, so that tau is the method's own. Models are real but where a
+table names others.
+"""
+
 _SYNTHETIC = """\
 Services, sockets and links are real here, models are not: they sleep as long as stated and agree as
 often as stated.
 """
 
 
-def _tables(folder: Path, name: str, title: str) -> list[str]:
-    """A section of tables that another benchmark wrote, if it is there."""
+def _tables(folder: Path, name: str, title: str, target: str = "") -> list[str]:
+    """A section of tables that another benchmark wrote, if it is there.
+
+    `target`: of make, if it is not named like the file.
+    """
     path = folder / f"{name}.md"
     if not path.exists():
         return []
-    return [f"### {title}\n", f"- {_when_and_where(folder / f'{name}.json')}\n", path.read_text()]
+    origin = _when_and_where(folder / f"{name}.json", f"`make bench-{target or name}`")
+    return [f"### {title}\n", f"- {origin}\n", path.read_text()]
 
 
-def _when_and_where(path: Path) -> str:
+def _when_and_where(path: Path, command: str) -> str:
     """What a benchmark's own file says of its origin, which may be little."""
-    command = f"`make bench-{path.stem}`"
     try:
         record: dict[str, Any] = json.loads(path.read_text())
     except (OSError, ValueError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import statistics
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 
@@ -43,10 +44,18 @@ def test_only_rates_of_both_sides_are_compared() -> None:
     assert RESULTS.rates == [1.0]
     assert RESULTS.ratio(1.0) == 2.0
     assert result_line(RESULTS).startswith(
-        "result: load min_ratio=2.00 saturation_ratio=2.00 goodput_ratio=4.00"
+        "result: load min_ratio=2.000 saturation_ratio=2.000 goodput_ratio=4.00"
     )
     assert result_line(LoadResults(RESULTS.origin, SETTING, RESULTS.goal)).endswith("=na")
     assert "| 1 | target-only | 8.0 |" in markdown(RESULTS)
+
+
+def test_repeats_are_compared_pair_by_pair() -> None:
+    """Other arrivals are other work: a repeat with few requests has few tokens a second."""
+    one = [replace(SLOW, seconds=2.0), replace(FAST, seconds=4.0)]
+    other = [replace(SLOW, seconds=4.0), replace(FAST, seconds=3.2)]
+    # Of the medians it would be 9 over 12.
+    assert replace(RESULTS, runs=(*one, *other)).ratio(1.0) == pytest.approx((0.5 + 1.25) / 2)
 
 
 def test_what_was_written_is_read_back(tmp_path: Path) -> None:

@@ -80,6 +80,7 @@ def test_the_page_keeps_real_and_synthetic_apart(tmp_path: Path) -> None:
     write_results(_results(), results / "spec_bench.json")
     write_load(LOAD, results / "load.json")
     (results / "pipeline.md").write_text("| a synthetic table |\n")
+    (results / "drafting.md").write_text("| taus |\n")
     readme.write_text(f"before\n{BEGIN}\nold\n{END}\nafter\n")
     arguments = ["--results-dir", str(results), "--docs", str(docs), "--readme", str(readme)]
     answer = CliRunner().invoke(command, arguments, catch_exceptions=False)
@@ -89,6 +90,9 @@ def test_the_page_keeps_real_and_synthetic_apart(tmp_path: Path) -> None:
     assert "outrider bench spec-bench" in real
     assert "### Load" in real
     assert "a synthetic table" not in real
+    drafters = real.split("## Drafters")[1]
+    assert "`make bench-drafters`" in drafters
+    assert "| taus |" in drafters
     assert "a synthetic table" in synthetic
     text = readme.read_text()
     assert text.startswith(f"before\n{BEGIN}\n`outrider bench spec-bench`")
