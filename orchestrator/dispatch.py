@@ -160,4 +160,5 @@ class Dispatch:
         drafter = self._fleet.drafters.get(command.address)
         if drafter is not None:
             drafter.sessions.discard(running.number)
+            drafter.spares.discard(running.number)
             drafter.unbind(running.number, command.binding)

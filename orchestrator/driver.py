@@ -65,6 +65,7 @@ from orchestrator.messages import (
     VerifierLost,
 )
 from orchestrator.meters import Meters
+from orchestrator.placement import Attachment, kind_of, primaries, surplus
 from orchestrator.placing import Placer
 from orchestrator.prediction import Follower
 from orchestrator.prefix_memory import Prefix
@@ -514,6 +515,7 @@ class Driver:
                 named = {"request_id": running.session.spec.origin.request_id}
                 _log.warning("drafter %s: %s", link.address, rejection.message, extra=named)
                 link.sessions.discard(rejection.session)
+                link.spares.discard(rejection.session)
                 self.meters.migrations["drafter", "refused"] += 1
                 self._step(running, DrafterGone(rejection.binding, refused=True))
         for resync in batch.resyncs:
@@ -547,6 +549,7 @@ class Driver:
             return
         numbers = list(link.sessions)
         link.sessions.clear()
+        link.spares.clear()
         if numbers:
             link.breaker.failed(time.monotonic())
         for number in numbers:
@@ -677,8 +680,7 @@ class Driver:
             verifier.pace,
         )
         if judgement is not None:
-            for binding, gain in judgement.gains.items():
-                drafters[binding].learn_gain(gain)
+            self._learn_gains(running, drafters)
             if running.engagement.trial and not judgement.useless:
                 running.engagement.trial = False
                 self._rotation.paid(now_s)
@@ -696,8 +698,63 @@ class Driver:
                 self._step(running, DrafterUseless(binding))
             if not running.session.bindings:
                 running.engagement.ended(now_s)
+        self._sort_out_spares(running, drafters, now_s)
         for binding, drafter in drafters.items():
             self._dispatch.renew_budget(running, binding, drafter)
+
+    def _sort_out_spares(
+        self, running: Running, drafters: dict[int, DrafterLink], now_s: float
+    ) -> None:
+        """Take note of what is a spare, and end attachments to spares that others need."""
+        if len(drafters) == 1:
+            for drafter in drafters.values():
+                drafter.spares.discard(running.number)
+            return
+        attachments = self._attachments(running, drafters)
+        chosen = primaries(attachments)
+        for one in attachments:
+            spares = drafters[one.binding].spares
+            if chosen[one.kind].binding == one.binding:
+                spares.discard(running.number)
+            else:
+                spares.add(running.number)
+        for binding in surplus(attachments, chosen):
+            drafter = drafters.pop(binding)
+            if running.trace is not None:
+                running.trace.decided(now_s, "spare drafter left", drafter=drafter.address)
+            self.meters.migrations["drafter", "needed elsewhere"] += 1
+            self._step(running, DrafterUseless(binding))
+
+    def _learn_gains(self, running: Running, drafters: Mapping[int, DrafterLink]) -> None:
+        """Credit the best of each kind with what the kind has won.
+
+        Two of a kind guess the same: which of them was heard first says little of either, but
+        that each would win as much alone at least.
+        """
+        attachments = self._attachments(running, drafters)
+        chosen = primaries(attachments)
+        for one in attachments:
+            drafter, gain = drafters[one.binding], one.gain
+            if chosen[one.kind].binding == one.binding:
+                gain = sum(other.gain for other in attachments if other.kind == one.kind)
+            elif drafter.gain is None or gain <= drafter.gain:
+                continue
+            drafter.learn_gain(gain)
+
+    def _attachments(
+        self, running: Running, drafters: Mapping[int, DrafterLink]
+    ) -> list[Attachment]:
+        gains = running.engagement.gains
+        return [
+            Attachment(
+                binding,
+                kind_of(drafter.info),
+                self._fleet.relied_on_by(drafter, but=running.number),
+                gains.get(binding, 0.0),
+            )
+            for binding, drafter in drafters.items()
+            if drafter.info is not None
+        ]
 
     # --- what sessions command ---
 
@@ -844,7 +901,17 @@ class Driver:
         if verifier is None:
             return
         info = running.generation.info
-        for view in self.placer.drafters(running.prefix, verifier, info, count, exclude):
+        links = self._fleet.drafters
+        bound = {
+            kind_of(drafter.info)
+            for address in running.session.bindings.values()
+            if (drafter := links.get(address)) is not None and drafter.info is not None
+        }
+        views = self.placer.drafters(running.prefix, verifier, info, count, exclude, bound)
+        for view in views:
+            if view.kind in bound:
+                links[view.address].spares.add(running.number)
+            bound.add(view.kind)
             running.bindings_made += 1
             if running.trace is not None:
                 expected = round(view.tokens, 2)

@@ -43,6 +43,8 @@ class Engagement:
     """Since when the session has no drafters, if it has none."""
     trial: bool = False
     """The present drafters were bound to find out whether they pay again."""
+    gains: Mapping[int, float] = field(default_factory=dict)
+    """Of the last judgement, by binding."""
     _began_s: float = 0.0
     _bindings: frozenset[int] = frozenset()
     _before: SpeculationCounters = field(default_factory=SpeculationCounters)
@@ -77,6 +79,7 @@ class Engagement:
         tokens = 1.0 + accepted / steps
         speedup = pace.speedup(tokens)
         self._begin(now_s, counters)
+        self.gains = gains
         return Judgement(_useless(gains, tokens, speedup), speedup, gains)
 
     @property

@@ -5,13 +5,14 @@ from __future__ import annotations
 import asyncio
 import itertools
 import logging
+import statistics
 import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from orchestrator.budgets import expected_tokens
-from orchestrator.placement import Draw, WorkerView, pairing_fault, shortlist
+from orchestrator.placement import Draw, Kind, WorkerView, kind_of, pairing_fault, shortlist
 from orchestrator.text import TextCodec
 from orchestrator.workers import (
     DrafterBatch,
@@ -298,11 +299,21 @@ class Fleet:
         Arguments are as for `verifier_views`.
         """
         held_tokens = held_tokens or {}
-        return [
-            replace(view, tokens=expected_tokens(link.pace_for(verifier), verifier.pace.step_s))
-            for link in self._weighed(self.drafters, held_tokens, draw)
-            if (view := self._view(link, held_tokens)) is not None
-        ]
+        links = self._weighed(self.drafters, held_tokens, draw)
+        gains: dict[Kind, list[float]] = {}
+        for link in links:
+            if link.info is not None and link.gain is not None:
+                gains.setdefault(kind_of(link.info), []).append(link.gain)
+        views = []
+        for link in links:
+            view = self._view(link, held_tokens)
+            if view is None:
+                continue
+            # Who has not shown yet what it wins is taken to be like the others of its kind.
+            alike = gains.get(view.kind)
+            pace = link.pace_for(verifier, statistics.fmean(alike) if alike else None)
+            views.append(replace(view, tokens=expected_tokens(pace, verifier.pace.step_s)))
+        return views
 
     def _weighed(
         self, links: Mapping[str, LinkT], incarnations: Iterable[str], draw: Draw | None
@@ -413,7 +424,17 @@ class Fleet:
             kv_share=elsewhere.kv_share,
             waiting=step is not None and step.waiting > 0,
             held_tokens=held_tokens.get(link.incarnation, 0),
+            spares=len(link.spares) if isinstance(link, DrafterLink) else 0,
         )
+
+    def relied_on_by(self, drafter: DrafterLink, *, but: int) -> int:
+        """How many sessions a drafter works for as no mere spare, as far as known; one apart."""
+        elsewhere = self._elsewhere.get(drafter.address)
+        others = 0
+        if elsewhere is not None and elsewhere.incarnation == drafter.incarnation:
+            others = elsewhere.sessions
+        own = but in drafter.sessions and but not in drafter.spares
+        return len(drafter.sessions) - len(drafter.spares) - own + others
 
     def models(self) -> dict[str, ModelInfo]:
         """Models that can be asked for, by name."""

@@ -9,7 +9,7 @@ choose the same.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeAlias
 
@@ -22,9 +22,18 @@ RTT_TOKENS_PER_S = 5_000.0
 """A millisecond away is as bad as so many thousandths of these tokens to prefill."""
 TIE_TOKENS = 32.0
 """Verifiers whose costs differ by less are equals: a block more or less decides nothing."""
+SESSION_TOKENS = 256.0
+"""A session that a drafter works for is as bad as so many tokens that it has to prefill: with the
+one its work is shared for good, the others are a delay at the beginning."""
+NEAR_SHARE = 0.8
+"""Drafters of a kind that are expected to win so much of what the best one wins are equals:
+estimates are no better."""
 
 Draw: TypeAlias = Callable[[int], int]
 """Draws a number below the given one."""
+
+Kind: TypeAlias = tuple[str, str]
+"""Proposer and fingerprint of what it guesses with."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +55,13 @@ class WorkerView:
     """Sessions wait for KV there."""
     held_tokens: int = 0
     """Of the beginning of this text that it holds."""
+    spares: int = 0
+    """Of a drafter: sessions that it is a spare for, and ready to leave to the other drafter."""
+
+    @property
+    def kind(self) -> Kind:
+        """What it guesses with: two of a kind guess the same."""
+        return kind_of(self.info)
 
 
 class Weighed(NamedTuple):
@@ -70,6 +86,11 @@ class Weighed(NamedTuple):
             f"tokens, misses {self.missing_tokens}; load {_share(self.view):.2f} counts as "
             f"{self.load_tokens:.0f}, {self.view.rtt_s * 1e3:.1f} ms as {self.rtt_tokens:.0f})"
         )
+
+
+def kind_of(info: ModelInfo) -> Kind:
+    """Say what a drafter guesses with: two of a kind guess the same."""
+    return info.proposer, info.model_fingerprint
 
 
 def pairing_fault(target: ModelInfo, drafter: ModelInfo) -> str | None:
@@ -135,31 +156,72 @@ def choose_verifier(
 
 
 def choose_drafters(
-    views: Sequence[WorkerView], target: ModelInfo, count: int, exclude: Collection[str]
+    views: Sequence[WorkerView],
+    target: ModelInfo,
+    count: int,
+    exclude: Collection[str],
+    bound: Collection[Kind] = (),
 ) -> list[WorkerView]:
-    """Up to `count` drafters for a target, by what they are expected to win, then by load.
+    """Up to `count` drafters for a target: of each kind the best, then spares.
 
-    What they win takes their distance into account. Among equals those come first whose KV is
-    warm. The best of each kind of proposer first, since two of a kind guess the same.
+    Kinds come by what they are expected to win, which takes distance and speed into account. Of
+    a kind the least loaded one is taken, unless another holds much of the text: two of a kind
+    guess the same, so that another one wins nothing but safety. Hence it has to be idle, and is
+    left (`surplus`) when somebody else needs it. `bound`: kinds that the session has already.
     """
-    fitting = sorted(
-        (v for v in views if v.address not in exclude and pairing_fault(target, v.info) is None),
-        key=lambda view: (
-            -round(view.tokens, 1),
-            -view.held_tokens,
-            view.sessions / max(1, view.sessions_max),
-            view.address,
-        ),
-    )
-    chosen: list[WorkerView] = []
-    kinds: set[tuple[str, str]] = set()
-    for view in fitting:
-        kind = (view.info.proposer, view.info.model_fingerprint)
-        if kind not in kinds:
-            kinds.add(kind)
-            chosen.append(view)
-    chosen += [view for view in fitting if view not in chosen]
-    return chosen[:count]
+    kinds: dict[Kind, list[WorkerView]] = {}
+    for view in views:
+        if view.address not in exclude and pairing_fault(target, view.info) is None:
+            kinds.setdefault(view.kind, []).append(view)
+    best: list[tuple[float, str, WorkerView]] = []
+    spares: list[tuple[float, str, WorkerView]] = []
+    for kind, members in kinds.items():
+        most = max(view.tokens for view in members)
+        members.sort(key=lambda view: _drafter_cost(view, most))
+        if kind not in bound:
+            first = members.pop(0)
+            best.append((-most, first.address, first))
+        spares += [(-most, view.address, view) for view in members if not view.sessions]
+    ranked = sorted(best, key=_by_rank) + sorted(spares, key=_by_rank)
+    return [view for *_, view in ranked[:count]]
+
+
+def _by_rank(entry: tuple[float, str, WorkerView]) -> tuple[float, str]:
+    return entry[:2]
+
+
+def _drafter_cost(view: WorkerView, most: float) -> tuple[bool, float, int, str]:
+    """Order drafters of a kind of which the best one wins `most`."""
+    cost = SESSION_TOKENS * max(0, view.sessions - view.spares) - view.held_tokens
+    # Rather one that is nobody's spare.
+    return view.tokens < NEAR_SHARE * most, cost, view.sessions, view.address
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """One of the drafters that a session has, for `surplus`."""
+
+    binding: int
+    kind: Kind
+    others: int
+    """Sessions that the drafter works for beside this one."""
+    gain: float = 0.0
+    """Tokens a step that it has won of late, if that is known."""
+
+
+def primaries(attachments: Sequence[Attachment]) -> dict[Kind, Attachment]:
+    """Say on which drafter of each kind a session relies: who won most, else who came first."""
+    found: dict[Kind, Attachment] = {}
+    for one in sorted(attachments, key=lambda one: (-one.gain, one.binding)):
+        found.setdefault(one.kind, one)
+    return found
+
+
+def surplus(attachments: Sequence[Attachment], chosen: Mapping[Kind, Attachment]) -> list[int]:
+    """Spares (all but those `chosen`) on drafters that others need: their bindings should end."""
+    return [
+        one.binding for one in attachments if one.others and chosen[one.kind].binding != one.binding
+    ]
 
 
 def shortlist(count: int, most: int, draw: Draw) -> list[int]:

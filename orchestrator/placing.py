@@ -10,12 +10,20 @@ import logging
 import math
 import random
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import replace
 
 from orchestrator.fleet import Fleet
 from orchestrator.jobs import Job
-from orchestrator.placement import Draw, Weighed, WorkerView, choose_drafters, pick, weigh_verifiers
+from orchestrator.placement import (
+    Draw,
+    Kind,
+    Weighed,
+    WorkerView,
+    choose_drafters,
+    pick,
+    weigh_verifiers,
+)
 from orchestrator.prefix_lookup import PrefixLookup
 from orchestrator.prefix_memory import Prefix, PrefixMemory
 from orchestrator.workers import DrafterLink, VerifierLink
@@ -126,14 +134,15 @@ class Placer:
         target: ModelInfo,
         count: int,
         exclude: frozenset[str],
+        bound: Collection[Kind] = (),
     ) -> list[WorkerView]:
-        """Choose drafters for a session on a verifier."""
+        """Choose drafters for a session on a verifier that has some of the kinds `bound`."""
         held_tokens: dict[str, int] = {}
         for hashes in prefix.drafted.values():
             held_tokens |= self._held_tokens(prefix, hashes)
         for draw in (self._draw, None):
             views = self._fleet.drafter_views(verifier, held_tokens, draw)
-            chosen = choose_drafters(views, target, count, exclude)
+            chosen = choose_drafters(views, target, count, exclude, bound)
             if chosen:
                 break
         for view in chosen:

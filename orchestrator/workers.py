@@ -433,6 +433,8 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
         """Of its last growing step; kept by the driver."""
         self.gain: float | None = None
         """Tokens a verify step that it wins for a session, as seen of late; likewise."""
+        self.spares: set[int] = set()
+        """Of its sessions those that rely on another drafter of its kind; likewise."""
         self._on_change, self._on_batch = on_change, on_batch
 
     def bind(self, spec: BindSpec) -> None:
@@ -452,15 +454,20 @@ class DrafterLink(Link[drafter_pb2.ProposeRequest, drafter_pb2.ProposeResponse])
         """Take in what a session won by the drafter, in tokens a verify step."""
         self.gain = gain if self.gain is None else self.gain + _GAIN_SHARE * (gain - self.gain)
 
-    def pace_for(self, verifier: VerifierLink) -> DrafterPace:
-        """What is known of the drafter, for a session on that verifier."""
+    def pace_for(self, verifier: VerifierLink, gain: float | None = None) -> DrafterPace:
+        """What is known of the drafter, for a session on that verifier.
+
+        `gain` is what it is taken to win until it has shown it.
+        """
+        if self.gain is not None:
+            gain = self.gain
         return DrafterPace(
             step_s=self.grow.duration_s if self.grow is not None else 0.0,
             leaves_max=self.grow.leaves_max if self.grow is not None else 0,
             rtt_s=self.rtt_s + verifier.rtt_s,
             sessions=len(self.sessions),
             # What a chain of such guesses wins.
-            agreement=None if self.gain is None else self.gain / (1.0 + self.gain),
+            agreement=None if gain is None else gain / (1.0 + gain),
         )
 
     def set_budget(self, session: int, binding: int, budget: DraftBudget) -> None:

@@ -200,3 +200,40 @@ async def test_budgets_follow_what_is_measured(monkeypatch: pytest.MonkeyPatch) 
     assert all(budget.nodes_max <= 300 for budget in told)
     # About a quarter of the step that was measured.
     assert told[-1].flush_interval_s == pytest.approx(STEP_MS / 4e3, rel=0.5)
+
+
+async def test_a_spare_drafter_is_left_to_whoever_needs_it() -> None:
+    config = DriverConfig(sweep_interval_s=0.1)
+    models = [load(DRAFT), load(DRAFT)]
+    helpers = [LanguageModelProposer(m, model_info(m, proposer="language-model")) for m in models]
+    async with (
+        verifier(load(TARGET), name="synthetic:target", times=known_times()) as target,
+        drafter(helpers[0]) as one,
+        drafter(helpers[1]) as other,
+        orchestrator([target.address], [one.address, other.address], config=config) as fleet,
+        asyncio.TaskGroup() as group,
+    ):
+        first = group.create_task(fleet.client.complete(request(700)))
+
+        async def loads(*expected: int) -> bool:
+            return sorted((one.grower.load, other.grower.load)) == list(expected)
+
+        await until(lambda: loads(1, 1), what="an idle drafter is a spare")
+        spares = [len(link.spares) for link in fleet.fleet.drafters.values()]
+        assert sorted(spares) == [0, 1]
+        second = group.create_task(fleet.client.complete(request(300, seed=2)))
+        await until(lambda: loads(1, 1), what="each session has one drafter")
+        # Whether the second one has begun: both of them would have three drafters then.
+
+        async def both() -> bool:
+            running = list(fleet.driver._running.values())
+            return len(running) == 2 and all(one.session.bindings for one in running)
+
+        await until(both, what="both sessions are guessed for")
+        await until(lambda: loads(1, 1), what="nobody shares a drafter")
+        assert not any(link.spares for link in fleet.fleet.drafters.values())
+        assert fleet.driver.meters.migrations["drafter", "needed elsewhere"] == 1
+        for found in (await first, await second):
+            assert found.finished.speculation.accepted_draft_tokens > 0.5 * len(found.token_ids)
+    # What two of a kind won together, each of them would have won alone.
+    assert max(link.gain or 0.0 for link in fleet.fleet.drafters.values()) > 1.0

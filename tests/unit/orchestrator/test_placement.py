@@ -12,13 +12,17 @@ from hypothesis import strategies as st
 from orchestrator.placement import (
     LOAD_SLACK_MIN,
     LOAD_TOKENS,
+    SESSION_TOKENS,
     TIE_TOKENS,
+    Attachment,
     WorkerView,
     choose_drafters,
     choose_verifier,
     pairing_fault,
     pick,
+    primaries,
     shortlist,
+    surplus,
     weigh_verifiers,
 )
 from outrider.domain import ModelInfo
@@ -221,7 +225,7 @@ def test_a_drafter_of_other_ids_is_told_why_and_what_to_do() -> None:
     assert "none" in fault
 
 
-def test_different_kinds_come_first_then_the_least_loaded() -> None:
+def test_different_kinds_come_first_then_an_idle_spare() -> None:
     views = [
         view("lookup", drafter("lookup", None, proposer="lookup"), sessions=9),
         view("lm-2", drafter("small"), sessions=1),
@@ -229,16 +233,98 @@ def test_different_kinds_come_first_then_the_least_loaded() -> None:
         view("lm-3", drafter("tiny"), sessions=5),
         view("foreign", drafter("foreign", "others")),
     ]
-    assert addresses(choose_drafters(views, TARGET, 9, ())) == ["lm-2", "lm-3", "lookup", "lm-1"]
+    assert addresses(choose_drafters(views, TARGET, 9, ())) == ["lm-2", "lm-3", "lookup"]
     assert addresses(choose_drafters(views, TARGET, 2, ())) == ["lm-2", "lm-3"]
     assert addresses(choose_drafters(views, TARGET, 2, {"lm-2"})) == ["lm-1", "lm-3"]
     assert choose_drafters(views, TARGET, 0, ()) == []
     assert choose_drafters([], TARGET, 3, ()) == []
+    # Another one of a kind guesses the same: it is worth having where nobody else needs it.
+    views.append(view("lm-4", drafter("tiny")))
+    assert addresses(choose_drafters(views, TARGET, 9, ())) == ["lm-2", "lm-4", "lookup"]
+    views.append(view("lm-5", drafter("tiny")))
+    assert addresses(choose_drafters(views, TARGET, 9, ()))[3:] == ["lm-5"]
+
+
+def test_a_kind_that_a_session_has_is_only_a_spare() -> None:
+    views = [view("one", drafter("small"), sessions=1), view("two", drafter("small"))]
+    bound = {views[0].kind}
+    assert addresses(choose_drafters(views, TARGET, 1, {"one"}, bound)) == ["two"]
+    views[1] = replace(views[1], sessions=1)
+    assert choose_drafters(views, TARGET, 1, {"one"}, bound) == []
+
+
+def test_spares_are_no_load() -> None:
+    views = [
+        view("needed", drafter("small"), sessions=1),
+        replace(view("spare", drafter("small"), sessions=1), spares=1),
+    ]
+    assert addresses(choose_drafters(views, TARGET, 1, ())) == ["spare"]
+
+
+def test_drafters_of_a_kind_share_the_work_though_estimates_differ_a_little() -> None:
+    kind = drafter("small")
+    views = [
+        replace(view("lucky", kind, sessions=3), tokens=3.4),
+        replace(view("other", kind, sessions=1), tokens=3.0),
+        replace(view("slow", kind), tokens=1.5),
+    ]
+    assert addresses(choose_drafters(views, TARGET, 1, ())) == ["other"]
+    # Who is slow is the last one of its kind, and a spare for as long as it is idle.
+    assert addresses(choose_drafters(views, TARGET, 3, ())) == ["other", "slow"]
+
+
+def test_sessions_that_come_one_by_one_spread_over_all_drafters() -> None:
+    kind, loads, spares = drafter("small"), [0] * 8, [set[int]() for _ in range(8)]
+    attached: dict[int, list[int]] = {}
+    for number in range(16):
+        views = [
+            replace(view(str(i), kind, sessions=loads[i]), spares=len(spares[i])) for i in range(8)
+        ]
+        chosen = [int(v.address) for v in choose_drafters(views, TARGET, 2, ())]
+        attached[number] = chosen
+        for place, index in enumerate(chosen):
+            loads[index] += 1
+            if place:
+                spares[index].add(number)
+        # What the sweep does: spares are left where somebody else works.
+        for other, indices in attached.items():
+            attachments = [
+                Attachment(i, views[0].kind, loads[i] - len(spares[i]) - (other not in spares[i]))
+                for i in indices
+            ]
+            own = {views[0].kind: attachments[0]}
+            for index in surplus(attachments, own):
+                indices.remove(index)
+                loads[index] -= 1
+                spares[index].discard(other)
+        if number == 3:
+            assert loads == [1] * 8
+    assert loads == [2] * 8
+    assert not any(spares)
+
+
+def test_who_won_most_is_relied_on() -> None:
+    small, tiny = ("language-model", "f-small"), ("language-model", "f-tiny")
+    attachments = [
+        Attachment(1, small, 0, 0.5),
+        Attachment(2, small, 3, 1.5),
+        Attachment(3, tiny, 2, 0.1),
+    ]
+    chosen = primaries(attachments)
+    assert {kind: one.binding for kind, one in chosen.items()} == {small: 2, tiny: 3}
+    assert surplus(attachments, chosen) == []
+    crowded = [replace(attachments[0], others=1), *attachments[1:]]
+    assert surplus(crowded, primaries(crowded)) == [1]
+    # Nothing is known yet: whoever was bound first.
+    fresh = [replace(one, gain=0.0) for one in crowded]
+    assert surplus(fresh, primaries(fresh)) == [2]
 
 
 def test_among_equal_drafters_the_warm_one_comes_first() -> None:
     views = [view("cold", drafter("small")), replace(view("warm", drafter("small")), sessions=5)]
-    views[1] = replace(views[1], held_tokens=64)
+    views[1] = replace(views[1], held_tokens=int(4 * SESSION_TOKENS))
+    assert addresses(choose_drafters(views, TARGET, 1, ())) == ["cold"]
+    views[1] = replace(views[1], sessions=3)
     assert addresses(choose_drafters(views, TARGET, 1, ())) == ["warm"]
     # One that wins more, being nearer say, comes first even so.
     views[0] = replace(views[0], tokens=1.5)
