@@ -100,7 +100,7 @@ class Effort:
     contexts: int = 240
     draws: int = 128
     """Of noise, in each context."""
-    claimed_tokens: int = 192
+    claimed_tokens: int = 384
     """Of each prompt, for calibration."""
     ahead_tokens: int = 3_000
     sessions: int = 200
@@ -277,7 +277,11 @@ def specs_of(
 
 
 def measure_claims(models: Models, effort: Effort, say: Callable[[str], None]) -> list[Calibrated]:
-    """Compare claims with what the target decides, proposer by proposer."""
+    """Compare claims with what the target decides, proposer by proposer.
+
+    Once of a proposer that has seen nothing yet, and once after it has seen half of the texts, by
+    its claims for the other half.
+    """
     set_threads(1)
     target = models.load(models.target)
     codec = TextCodec.from_files(target.tokenizer_files)
@@ -290,8 +294,19 @@ def measure_claims(models: Models, effort: Effort, say: Callable[[str], None]) -
         for name, make in models.makers().items():
             if name not in ("lookup", "model", "datastore"):
                 continue  # these need the target's candidates, or are made of the others
-            found.append(Calibrated(name, temperature, tuple(deciles(_claims(make(), known)))))
+            fresh = _claims(make(), known)
+            found.append(Calibrated(name, temperature, tuple(deciles(fresh))))
+            learnt = []
+            for before, after in _halves(known):
+                proposer = make()
+                _claims(proposer, before)
+                learnt += _claims(proposer, after)
+            found.append(Calibrated(name, temperature, tuple(deciles(learnt)), learnt=True))
     return found
+
+
+def _halves(known: Sequence[Known]) -> list[tuple[Sequence[Known], Sequence[Known]]]:
+    return [(known[::2], known[1::2]), (known[1::2], known[::2])]
 
 
 def _claims(proposer: Proposer, known: Sequence[Known]) -> list[tuple[float, bool]]:

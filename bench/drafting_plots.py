@@ -50,7 +50,7 @@ def _taus(found: list[Line], path: Path) -> Path:
 def _claims(found: list[Calibrated], path: Path) -> Path:
     figure, axes = pyplot.subplots(figsize=(5.5, 5))
     axes.plot([0, 1], [0, 1], color="grey", lw=0.8)
-    for one in found:
+    for one in (one for one in found if one.learnt):
         points = [(d.claimed, d.observed) for d in one.deciles if d.count >= 50]
         label = f"{one.proposer}, temperature {one.temperature:g}"
         axes.plot([x for x, _ in points], [y for _, y in points], "o-", label=label)

@@ -69,6 +69,9 @@ class Calibrated:
     proposer: str
     temperature: float
     deciles: tuple[Decile, ...]
+    learnt: bool = False
+    """The proposer had guessed for the other half of the texts before. Otherwise it began with
+    nothing, and the claims by which it learnt are among those that are counted."""
 
     @property
     def worst(self) -> float | None:
@@ -192,10 +195,11 @@ def markdown(results: Results) -> str:
         ]
         parts.append(_table(("coupling", "measured", "exact", "independent", "1 - TV"), rows))
     if results.calibrated:
-        rows = [
+        claims = [
             (
                 one.proposer,
                 f"{one.temperature:g}",
+                "the other texts" if one.learnt else "nothing",
                 f"0.{decile.tenth}",
                 str(decile.count),
                 f"{decile.claimed:.3f}",
@@ -204,8 +208,8 @@ def markdown(results: Results) -> str:
             for one in results.calibrated
             for decile in one.deciles
         ]
-        header = ("claims", "T", "from", "guesses", "claimed", "observed")
-        parts.append(_table(header, rows))
+        header = ("claims", "T", "learnt from", "from", "guesses", "claimed", "observed")
+        parts.append(_table(header, claims))
     if results.ahead:
         rows = [
             (
@@ -287,6 +291,9 @@ def result_line(results: Results) -> str:
         "union_worst_gain": min(gains.values(), default=None),
         "coupling_gap": None if real is None else real.gap,
         "ahead_ready": ahead,
+        "claims_off": max(
+            (o for one in results.calibrated if one.learnt and (o := one.worst)), default=None
+        ),
     }
     said = (
         f"{name}={'na' if value is None else format(value, '.3f')}"

@@ -81,7 +81,7 @@ def test_taus_of_known_texts_come_before_those_of_the_clock() -> None:
 def test_what_was_not_measured_is_na() -> None:
     assert result_line(Results()) == (
         "result: drafters lookup_tau_summarization=na lookup_tau_rag=na model_tau_writing=na"
-        " union_worst_gain=na coupling_gap=na ahead_ready=na"
+        " union_worst_gain=na coupling_gap=na ahead_ready=na claims_off=na"
     )
 
 
@@ -94,20 +94,31 @@ def test_everything_measured_is_told() -> None:
             run("model", "writing", 1),
         ],
         couplings={"a, b": Coupling(10, 1_000, 0.5, 0.51, 0.3, 0.6)},
-        calibrated=[Calibrated("model", 1.0, (Decile(3, 500, 0.35, 0.45),))],
+        calibrated=[
+            Calibrated("model", 1.0, (Decile(3, 500, 0.35, 0.45),)),
+            Calibrated("model", 1.0, (Decile(3, 500, 0.35, 0.43), Decile(4, 9, 0.4, 0.9)), True),
+        ],
         ahead=[Ahead("0.8", 20.0, 2.5, 100, 3.0, 0.7, 0.9)],
         sharing=Sharing(200, 16, 9, 300, 200, 0.2, 0.1, {"one": (0.25, 0.26)}),
         unavailable={"union": "for a reason"},
     )
     text = markdown(results)
-    for part in ("| lookup |", "0.5100", "0.450", "0.900", "| best first | 300 | 0.20 |", "0.260"):
+    for part in (
+        "| lookup |",
+        "0.5100",
+        "0.450",
+        "0.900",
+        "| nothing |",
+        "| best first | 300 | 0.20 |",
+        "0.260",
+    ):
         assert part in text
     assert "na: union: for a reason" in text
     assert results.sharing is not None
     assert results.sharing.gain == 1.5
     assert result_line(results) == (
         "result: drafters lookup_tau_summarization=3.000 lookup_tau_rag=5.000"
-        " model_tau_writing=2.000 union_worst_gain=na coupling_gap=0.100 ahead_ready=0.900"
+        " model_tau_writing=2.000 union_worst_gain=na coupling_gap=0.100 ahead_ready=0.900 claims_off=0.080"
     )
 
 
