@@ -208,8 +208,8 @@ def markdown(results: Results) -> str:
             for one in results.calibrated
             for decile in one.deciles
         ]
-        header = ("claims", "T", "learnt from", "from", "guesses", "claimed", "observed")
-        parts.append(_table(header, claims))
+        names = ("claims", "T", "learnt from", "from", "guesses", "claimed", "observed")
+        parts.append(_table(names, claims))
     if results.ahead:
         rows = [
             (
