@@ -44,6 +44,8 @@ from outrider.errors import ConfigError
 from outrider.serving.pulse import Pulse
 from outrider.serving.queues import Inbox
 
+_REPORT_S = 0.25
+"""Steps are reported at least so often while there are sessions, drafts or not."""
 _IDLE_WAIT_S = 0.5
 _RESYNC_AGAIN_S = 1.0
 _STEP_SHARE = 1.0 / 16.0
@@ -80,7 +82,9 @@ class Grower:
         self._outputs: dict[int, Outputs] = {}
         self._draining = False
         self._step: GrowReport | None = None
-        """Of the last step, until it has been reported."""
+        """Of the last step."""
+        self._reported_s = 0.0
+        """When steps were reported last."""
         self._step_s = 0.0
         """Moving average of the steps' durations."""
         self._thread: Executor | None = None
@@ -173,9 +177,14 @@ class Grower:
                 mirror.flushed_s = now_s
                 spec = mirror.spec
                 self._to(mirror.connection).drafts.append((spec.session, spec.binding, draft))
+        if self._step is not None and now_s - self._reported_s >= _REPORT_S:
+            # Who is too slow to guess anything in time should be known for it.
+            for mirror in self._shelf.live:
+                self._to(mirror.connection)
         if self._outputs:
             outputs, self._outputs = self._outputs, {}
             if self._step is not None:
+                self._reported_s = now_s
                 for output in outputs.values():
                     output.step = self._step
             self._emit(outputs)

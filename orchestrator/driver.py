@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import math
 import secrets
 import time
 import uuid
@@ -65,7 +66,7 @@ from orchestrator.messages import (
     VerifierLost,
 )
 from orchestrator.meters import Meters
-from orchestrator.placement import Attachment, kind_of, primaries, surplus
+from orchestrator.placement import Attachment, credited, kind_of, primaries, surplus
 from orchestrator.placing import Placer
 from orchestrator.prediction import Follower
 from orchestrator.prefix_memory import Prefix
@@ -653,6 +654,7 @@ class Driver:
         """End attachments that win nothing and renew budgets; returns those without drafters."""
         now_s = time.monotonic()
         self._dispatch.measure_anew()
+        self.placer.measure_anew()
         off: list[tuple[Running, Engagement]] = []
         for running in sessions:
             session = running.session
@@ -698,9 +700,33 @@ class Driver:
                 self._step(running, DrafterUseless(binding))
             if not running.session.bindings:
                 running.engagement.ended(now_s)
+        self._leave_outpaced(running, verifier, drafters)
         self._sort_out_spares(running, drafters, now_s)
         for binding, drafter in drafters.items():
             self._dispatch.renew_budget(running, binding, drafter)
+
+    def _leave_outpaced(
+        self, running: Running, verifier: VerifierLink, drafters: dict[int, DrafterLink]
+    ) -> None:
+        """Go on with another drafter of a kind where the present one is slow or far for it."""
+        session, info = running.session, running.generation.info
+        for binding, drafter in list(drafters.items()):
+            # A spare may be slow: so it is found out when it is slow no longer.
+            if running.number in drafter.spares or not self.placer.outpaced(verifier, drafter):
+                continue
+            assert drafter.info is not None, "it was compared with its kind"
+            present = frozenset((*session.bindings.values(), *session.avoided))
+            others = self.placer.drafters(running.prefix, verifier, info, 1, present)
+            if kind_of(drafter.info) not in {view.kind for view in others}:
+                continue
+            if running.trace is not None:
+                running.trace.decided(
+                    time.monotonic(), "slow drafter left", drafter=drafter.address
+                )
+            del drafters[binding]
+            self.meters.migrations["drafter", "outpaced"] += 1
+            self._step(running, DrafterUseless(binding))
+            self._step(running, DrafterAvailable())
 
     def _sort_out_spares(
         self, running: Running, drafters: dict[int, DrafterLink], now_s: float
@@ -726,20 +752,14 @@ class Driver:
             self._step(running, DrafterUseless(binding))
 
     def _learn_gains(self, running: Running, drafters: Mapping[int, DrafterLink]) -> None:
-        """Credit the best of each kind with what the kind has won.
-
-        Two of a kind guess the same: which of them was heard first says little of either, but
-        that each would win as much alone at least.
-        """
         attachments = self._attachments(running, drafters)
         chosen = primaries(attachments)
-        for one in attachments:
-            drafter, gain = drafters[one.binding], one.gain
-            if chosen[one.kind].binding == one.binding:
-                gain = sum(other.gain for other in attachments if other.kind == one.kind)
-            elif drafter.gain is None or gain <= drafter.gain:
-                continue
-            drafter.learn_gain(gain)
+        relied_on = {one.binding for one in chosen.values()}
+        for binding, gain in credited(attachments, chosen).items():
+            drafter = drafters[binding]
+            # Of a spare it is known only that it is no worse.
+            if binding in relied_on or gain > (drafter.gain or math.inf):
+                drafter.learn_gain(gain)
 
     def _attachments(
         self, running: Running, drafters: Mapping[int, DrafterLink]

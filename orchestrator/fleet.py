@@ -315,6 +315,18 @@ class Fleet:
             views.append(replace(view, tokens=expected_tokens(pace, verifier.pace.step_s)))
         return views
 
+    def usual_drafters(self, draw: Draw) -> dict[Kind, str]:
+        """Of each kind a drafter whose steps and way take about as long as the others'.
+
+        Of two the quicker one; of a large fleet among some that are drawn.
+        """
+        kinds: dict[Kind, list[tuple[float, str]]] = {}
+        for link in self._weighed(self.drafters, (), draw):
+            if link.state is LinkState.READY and link.info is not None and link.grow is not None:
+                time_s = link.grow.duration_s + link.rtt_s
+                kinds.setdefault(kind_of(link.info), []).append((time_s, link.address))
+        return {kind: statistics.median_low(times)[1] for kind, times in kinds.items()}
+
     def _weighed(
         self, links: Mapping[str, LinkT], incarnations: Iterable[str], draw: Draw | None
     ) -> list[LinkT]:

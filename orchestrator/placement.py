@@ -217,6 +217,23 @@ def primaries(attachments: Sequence[Attachment]) -> dict[Kind, Attachment]:
     return found
 
 
+def credited(
+    attachments: Sequence[Attachment], chosen: Mapping[Kind, Attachment]
+) -> dict[int, float]:
+    """Say by binding what each would have won alone, at least.
+
+    Two of a kind guess the same, and which one was heard first says little of either: the one
+    relied on is credited with what its kind has won.
+    """
+    together: dict[Kind, float] = {}
+    for one in attachments:
+        together[one.kind] = together.get(one.kind, 0.0) + one.gain
+    return {
+        one.binding: together[one.kind] if chosen[one.kind].binding == one.binding else one.gain
+        for one in attachments
+    }
+
+
 def surplus(attachments: Sequence[Attachment], chosen: Mapping[Kind, Attachment]) -> list[int]:
     """Spares (all but those `chosen`) on drafters that others need: their bindings should end."""
     return [

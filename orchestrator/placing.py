@@ -10,17 +10,20 @@ import logging
 import math
 import random
 import time
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
+from orchestrator.budgets import expected_tokens
 from orchestrator.fleet import Fleet
 from orchestrator.jobs import Job
 from orchestrator.placement import (
+    NEAR_SHARE,
     Draw,
     Kind,
     Weighed,
     WorkerView,
     choose_drafters,
+    kind_of,
     pick,
     weigh_verifiers,
 )
@@ -54,6 +57,8 @@ class Placer:
         self._fleet = fleet
         self._draw = draw
         self._memory = PrefixMemory()
+        self._paces: Mapping[Kind, str] | None = None
+        """A drafter of each kind that is neither quick nor slow for it, as of the last sweep."""
 
     async def find(self, job: Job) -> Prefix:
         """Look up who holds the beginning of a prompt. Waits a few milliseconds at most."""
@@ -149,6 +154,30 @@ class Placer:
             hashes = prefix.drafted.get(view.info.model_fingerprint, ())
             self._remember(hashes, self._fleet.drafters.get(view.address))
         return chosen
+
+    def measure_anew(self) -> None:
+        """Have `outpaced` follow what has been measured since."""
+        self._paces = None
+
+    def outpaced(self, verifier: VerifierLink, drafter: DrafterLink) -> bool:
+        """Whether a drafter wins much less than its peers, being slower or farther away.
+
+        What its sessions' texts are like has no part in it, nor who guessed right of late.
+        """
+        if drafter.info is None or drafter.grow is None:
+            return False
+        if self._paces is None:
+            self._paces = self._fleet.usual_drafters(self._draw)
+        usual = self._paces.get(kind_of(drafter.info))
+        if usual is None or usual == drafter.address:
+            return False
+        own, step_s = drafter.pace_for(verifier), verifier.pace.step_s
+        peer = self._fleet.drafters[usual].pace_for(verifier)
+        mine, theirs = (
+            expected_tokens(replace(pace, sessions=0, agreement=None), step_s)
+            for pace in (own, peer)
+        )
+        return mine < NEAR_SHARE * theirs
 
     def ended(self, prefix: Prefix, spec: SessionSpec, output: list[int], address: str) -> None:
         """Take note of all that a verifier has computed for a session."""

@@ -58,7 +58,7 @@ _PING_FIRST_S = 0.05
 _PING_S = 5.0
 _PINGS_KEPT = 8
 _PINGS_MISSED_MAX = 2
-_GAIN_SHARE = 1.0 / 16.0
+_GAIN_SHARE = 1.0 / 4.0
 DRAFT_ROWS_MAX = 4_096
 """Drafts waiting for a verifier that reads slowly; more are dropped, they are hints."""
 NO_STEP = StepReport(duration_s=0.0, rows=0, tokens=0)

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 
+from bench.worker_shaping import ShapedProposer
 from drafter_service.growing import Grower
 from drafter_service.proposers.language_model import LanguageModelProposer
 from orchestrator.config import DriverConfig
@@ -202,7 +203,11 @@ async def test_budgets_follow_what_is_measured(monkeypatch: pytest.MonkeyPatch) 
     assert told[-1].flush_interval_s == pytest.approx(STEP_MS / 4e3, rel=0.5)
 
 
-async def test_a_spare_drafter_is_left_to_whoever_needs_it() -> None:
+async def test_a_spare_drafter_is_left_to_whoever_needs_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    # A spare that wins nothing would be left for that reason.
+    monkeypatch.setattr("orchestrator.engagement._WINDOW_STEPS", 100_000)
     config = DriverConfig(sweep_interval_s=0.1)
     models = [load(DRAFT), load(DRAFT)]
     helpers = [LanguageModelProposer(m, model_info(m, proposer="language-model")) for m in models]
@@ -235,5 +240,41 @@ async def test_a_spare_drafter_is_left_to_whoever_needs_it() -> None:
         assert fleet.driver.meters.migrations["drafter", "needed elsewhere"] == 1
         for found in (await first, await second):
             assert found.finished.speculation.accepted_draft_tokens > 0.5 * len(found.token_ids)
-    # What two of a kind won together, each of them would have won alone.
-    assert max(link.gain or 0.0 for link in fleet.fleet.drafters.values()) > 1.0
+
+
+async def test_a_drafter_that_slows_down_is_left_for_its_peers() -> None:
+    config = DriverConfig(sweep_interval_s=0.1, drafters_per_session=1)
+    shaped = []
+    for _ in range(2):
+        model = load(DRAFT)
+        inner = LanguageModelProposer(model, model_info(model, proposer="language-model"))
+        shaped.append(ShapedProposer(inner))
+    async with (
+        verifier(load(TARGET), name="synthetic:target", times=known_times()) as target,
+        drafter(shaped[0]) as one,
+        drafter(shaped[1]) as other,
+        orchestrator([target.address], [one.address, other.address], config=config) as fleet,
+        asyncio.TaskGroup() as group,
+    ):
+        sessions = [
+            group.create_task(fleet.client.complete(request(1_500, seed=seed))) for seed in (1, 2)
+        ]
+
+        async def apart() -> bool:
+            return one.grower.load == other.grower.load == 1
+
+        async def left() -> bool:
+            return (one.grower.load, other.grower.load) == (0, 2)
+
+        await until(apart, what="each session has one drafter")
+        for _ in range(20):
+            await asyncio.sleep(0.1)
+            assert await apart(), "drafters that are alike keep their sessions"
+        shaped[0].slower = 10.0
+        await until(left, what="the slow drafter is left")
+        await asyncio.sleep(1.0)
+        assert await left(), "and nobody comes back"
+        assert fleet.driver.meters.migrations["drafter", "outpaced"] == 1
+        for task in sessions:
+            found = await task
+            assert found.finished.speculation.accepted_draft_tokens > 0.5 * len(found.token_ids)

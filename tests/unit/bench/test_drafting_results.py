@@ -118,7 +118,8 @@ def test_everything_measured_is_told() -> None:
     assert results.sharing.gain == 1.5
     assert result_line(results) == (
         "result: drafters lookup_tau_summarization=3.000 lookup_tau_rag=5.000"
-        " model_tau_writing=2.000 union_worst_gain=na coupling_gap=0.100 ahead_ready=0.900 claims_off=0.080"
+        " model_tau_writing=2.000 union_worst_gain=na coupling_gap=0.100 ahead_ready=0.900"
+        " claims_off=0.080"
     )
 
 

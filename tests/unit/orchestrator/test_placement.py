@@ -18,6 +18,7 @@ from orchestrator.placement import (
     WorkerView,
     choose_drafters,
     choose_verifier,
+    credited,
     pairing_fault,
     pick,
     primaries,
@@ -315,6 +316,7 @@ def test_who_won_most_is_relied_on() -> None:
     assert surplus(attachments, chosen) == []
     crowded = [replace(attachments[0], others=1), *attachments[1:]]
     assert surplus(crowded, primaries(crowded)) == [1]
+    assert credited(attachments, chosen) == {1: 0.5, 2: 2.0, 3: 0.1}
     # Nothing is known yet: whoever was bound first.
     fresh = [replace(one, gain=0.0) for one in crowded]
     assert surplus(fresh, primaries(fresh)) == [2]
