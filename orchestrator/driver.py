@@ -758,7 +758,8 @@ class Driver:
         for binding, gain in credited(attachments, chosen).items():
             drafter = drafters[binding]
             # Of a spare it is known only that it is no worse.
-            if binding in relied_on or gain > (drafter.gain or math.inf):
+            known = math.inf if drafter.gain is None else drafter.gain
+            if binding in relied_on or gain > known:
                 drafter.learn_gain(gain)
 
     def _attachments(
