@@ -748,7 +748,7 @@ class Driver:
             drafter = drafters.pop(binding)
             if running.trace is not None:
                 running.trace.decided(now_s, "spare drafter left", drafter=drafter.address)
-            self.meters.migrations["drafter", "needed elsewhere"] += 1
+            self.meters.migrations["drafter", "spare"] += 1
             self._step(running, DrafterUseless(binding))
 
     def _learn_gains(self, running: Running, drafters: Mapping[int, DrafterLink]) -> None:

@@ -237,7 +237,7 @@ async def test_a_spare_drafter_is_left_to_whoever_needs_it(
         await until(both, what="both sessions are guessed for")
         await until(lambda: loads(1, 1), what="nobody shares a drafter")
         assert not any(link.spares for link in fleet.fleet.drafters.values())
-        assert fleet.driver.meters.migrations["drafter", "needed elsewhere"] == 1
+        assert fleet.driver.meters.migrations["drafter", "spare"] == 1
         for found in (await first, await second):
             assert found.finished.speculation.accepted_draft_tokens > 0.5 * len(found.token_ids)
 
