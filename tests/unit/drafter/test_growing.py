@@ -31,6 +31,7 @@ from outrider.domain import (
     Commit,
     Draft,
     DraftBudget,
+    GrowReport,
     ModelInfo,
     RejectionCode,
     Resync,
@@ -93,6 +94,8 @@ class Driven:
     def __init__(self, proposer: CountingProposer, config: GrowingConfig) -> None:
         self.proposer = proposer
         self.said: dict[int, Outputs] = {}
+        self.steps: list[GrowReport] = []
+        """Reported, to whomever."""
         self.grower = Grower(proposer, config, self._emit)
         self._arrived: queue.Queue[dict[int, Outputs]] = queue.Queue()
         self._fences = itertools.count(1)
@@ -120,6 +123,8 @@ class Driven:
                     said.rejections += output.rejections
                     said.drafts += output.drafts
                     said.resyncs += output.resyncs
+                    if output.step is not None:
+                        self.steps.append(output.step)
 
     def settle(self) -> None:
         """Wait until every earlier command has been carried out and answered."""
@@ -182,6 +187,24 @@ def test_a_bound_session_is_guessed_for_up_to_its_budget() -> None:
             assert draft.base_digest == digest([1, 2, 3])
         assert it.drafts()[-1].tokens == (4, 5, 6, 7)
         assert it.grower.steps >= 4
+
+
+class LateProposer(CountingProposer):
+    """Computes and computes, and has never anything to say."""
+
+    def grow(self, mirrors: Sequence[Mirror]) -> bool:
+        time.sleep(0.01)
+        return True
+
+
+def test_who_is_too_slow_to_say_anything_still_says_how_slow() -> None:
+    with driven(LateProposer()) as it:
+        it.submit(Bind(1, spec()))
+        it.until(lambda: len(it.steps) >= 3)
+        assert not it.drafts()
+    assert all(step.duration_s >= 0.01 and step.leaves_max == 7 for step in it.steps)
+    begins = [step.started_s for step in it.steps]
+    assert all(after - before > 0.2 for before, after in itertools.pairwise(begins[1:]))
 
 
 def test_commits_are_followed_and_growth_goes_on_below() -> None:
