@@ -167,34 +167,34 @@ def choose_drafters(
     Kinds come by what they are expected to win, which takes distance and speed into account. Of
     a kind the least loaded one is taken, unless another holds much of the text: two of a kind
     guess the same, so that another one wins nothing but safety. Hence it has to be idle, and is
-    left (`surplus`) when somebody else needs it. `bound`: kinds that the session has already.
+    left (`surplus`) when somebody else needs it. Among equals the first in `views` is taken.
+    `bound`: kinds that the session has already.
     """
     kinds: dict[Kind, list[WorkerView]] = {}
     for view in views:
         if view.address not in exclude and pairing_fault(target, view.info) is None:
             kinds.setdefault(view.kind, []).append(view)
-    best: list[tuple[float, str, WorkerView]] = []
-    spares: list[tuple[float, str, WorkerView]] = []
+    best: list[tuple[float, WorkerView]] = []
+    spares: list[tuple[float, WorkerView]] = []
     for kind, members in kinds.items():
         most = max(view.tokens for view in members)
         members.sort(key=lambda view: _drafter_cost(view, most))
         if kind not in bound:
-            first = members.pop(0)
-            best.append((-most, first.address, first))
-        spares += [(-most, view.address, view) for view in members if not view.sessions]
-    ranked = sorted(best, key=_by_rank) + sorted(spares, key=_by_rank)
-    return [view for *_, view in ranked[:count]]
+            best.append((most, members.pop(0)))
+        spares += [(most, view) for view in members if not view.sessions]
+    ranked = [*_by_worth(best), *_by_worth(spares)]
+    return ranked[:count]
 
 
-def _by_rank(entry: tuple[float, str, WorkerView]) -> tuple[float, str]:
-    return entry[:2]
+def _by_worth(found: list[tuple[float, WorkerView]]) -> list[WorkerView]:
+    return [view for _, view in sorted(found, key=lambda e: (-e[0], *_drafter_cost(e[1], e[0])))]
 
 
-def _drafter_cost(view: WorkerView, most: float) -> tuple[bool, float, int, str]:
+def _drafter_cost(view: WorkerView, most: float) -> tuple[bool, float, int]:
     """Order drafters of a kind of which the best one wins `most`."""
     cost = SESSION_TOKENS * max(0, view.sessions - view.spares) - view.held_tokens
     # Rather one that is nobody's spare.
-    return view.tokens < NEAR_SHARE * most, cost, view.sessions, view.address
+    return view.tokens < NEAR_SHARE * most, cost, view.sessions
 
 
 @dataclass(frozen=True, slots=True)

@@ -147,6 +147,9 @@ class Placer:
             held_tokens |= self._held_tokens(prefix, hashes)
         for draw in (self._draw, None):
             views = self._fleet.drafter_views(verifier, held_tokens, draw)
+            # Among equals not every orchestrator is to take the same.
+            begin = self._draw(len(views)) if views else 0
+            views = views[begin:] + views[:begin]
             chosen = choose_drafters(views, target, count, exclude, bound)
             if chosen:
                 break

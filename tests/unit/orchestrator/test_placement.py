@@ -241,7 +241,7 @@ def test_different_kinds_come_first_then_an_idle_spare() -> None:
     assert choose_drafters([], TARGET, 3, ()) == []
     # Another one of a kind guesses the same: it is worth having where nobody else needs it.
     views.append(view("lm-4", drafter("tiny")))
-    assert addresses(choose_drafters(views, TARGET, 9, ())) == ["lm-2", "lm-4", "lookup"]
+    assert addresses(choose_drafters(views, TARGET, 9, ())) == ["lm-4", "lm-2", "lookup"]
     views.append(view("lm-5", drafter("tiny")))
     assert addresses(choose_drafters(views, TARGET, 9, ()))[3:] == ["lm-5"]
 
