@@ -19,7 +19,7 @@ from rich.table import Table
 from outrider.serving.options import apply, cache_option
 
 if TYPE_CHECKING:
-    from outrider.model.distillation.evaluation import Score
+    from outrider.model.distillation.evaluation import Score, StepTimes
     from outrider.model.distillation.training import Report
 
 F = TypeVar("F", bound=Callable[..., Any])
@@ -322,7 +322,7 @@ def evaluate(
     if not prompts:
         raise click.UsageError(f"{prompts_path} has no questions of these categories")
     with _bar("answers", 2 * len(prompts), as_json) as advance:
-        scores = stages.evaluate(
+        scores, times = stages.evaluate(
             drafter,
             prompts,
             cache_dir,
@@ -336,6 +336,7 @@ def evaluate(
             ),
         )
     _print_scores(scores, tree, as_json)
+    _print_times(times, as_json)
 
 
 @distill.command()
@@ -380,6 +381,17 @@ def _print_scores(scores: dict[str, Score], tree: bool, as_json: bool) -> None:
             *([f"{score.tau:.2f}"] if tree else []),
         )
     Console().print(table)
+
+
+def _print_times(times: StepTimes, as_json: bool) -> None:
+    draft_ms, verify_ms = 1e3 * times.draft_s, 1e3 * times.verify_s
+    if as_json:
+        click.echo(json.dumps({"draft_step_ms": draft_ms, "verify_step_ms": verify_ms}))
+        return
+    click.echo(
+        f"A draft step of one leaf takes {draft_ms:.1f} ms, {times.share:.3f} of a verify step "
+        f"of one row ({verify_ms:.1f} ms)."
+    )
 
 
 @contextlib.contextmanager

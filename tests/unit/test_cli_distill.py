@@ -56,11 +56,14 @@ def test_from_a_target_to_a_scored_drafter(tmp_path: Path, prompts: Path) -> Non
             *("--answer-tokens", 20, "--category", "a", "--category", "b", "--limit", 1),
         )
     )
+    times = scores.pop()
+    assert min(times["draft_step_ms"], times["verify_step_ms"]) > 0.0
     assert [score["category"] for score in scores] == ["a", "b", "all"]
     assert all(score["tau"] >= 1.0 for score in scores)
     table = run("evaluate", folder / "drafter", "--prompts", prompts, "--no-tree", *COMMON)
     assert "agreement" in table.stdout
     assert "tau" not in table.stdout
+    assert "of a verify step" in table.stdout
 
 
 @pytest.mark.parametrize(

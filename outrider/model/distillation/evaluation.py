@@ -9,6 +9,8 @@ best children, all of it ready before the verifier looks (no network, no other s
 from __future__ import annotations
 
 import heapq
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
@@ -73,6 +75,42 @@ class Score:
     def tau(self) -> float:
         """Tokens committed per verify step."""
         return self.committed / max(1, self.steps)
+
+
+@dataclass(frozen=True, slots=True)
+class StepTimes:
+    """Medians of steps that took turns."""
+
+    draft_s: float
+    """Of a draft step of one leaf."""
+    verify_s: float
+    """Of a verify step of one row without guesses."""
+
+    @property
+    def share(self) -> float:
+        """What a draft step takes of a verify step."""
+        return self.draft_s / self.verify_s
+
+
+def step_times(
+    target: LanguageModel, drafter: LanguageModel, answer: Answer, *, repeats: int = 32
+) -> StepTimes:
+    """Measure one row's steps of both at the end of an answer."""
+    text = [*answer.question, *answer.answer]
+    caches = []
+    for model in (target, drafter):
+        cache = model.new_pool(len(text) + repeats + 64).new_cache()
+        model.forward([Row(cache, text[:-1], None, [len(text) - 2])])
+        caches.append((model, cache))
+    taken: list[list[float]] = [[], []]
+    for _ in range(repeats):
+        for (model, cache), times in zip(caches, taken, strict=True):
+            begin_s = time.perf_counter()
+            # A result on the host: on a GPU nothing has been computed before.
+            model.forward([Row(cache, text[-1:], None, [0])]).argmax(-1).tolist()
+            times.append(time.perf_counter() - begin_s)
+    verify, draft = (statistics.median(times) for times in taken)
+    return StepTimes(draft, verify)
 
 
 def greedy_answers(

@@ -23,9 +23,11 @@ from outrider.model import random_model
 from outrider.model.distillation.corpus import Corpus
 from outrider.model.distillation.evaluation import (
     Score,
+    StepTimes,
     TreeShape,
     greedy_answers,
     score_answer,
+    step_times,
 )
 from outrider.model.distillation.folder import TargetName, read_folder, write_folder
 from outrider.model.distillation.generation import GenerationConfig, Writer
@@ -224,8 +226,10 @@ def evaluate(
     device: Device = "auto",
     threads: int = 0,
     progress: Callable[[str, int], None] | None = None,
-) -> dict[str, Score]:
+) -> tuple[dict[str, Score], StepTimes]:
     """Score a drafter on the target's greedy answers; by category, in alphabetical order.
+
+    Returns as well how long steps of both take, each as it was loaded.
 
     Without a `shape` tau is not measured. `progress` hears of the answers that the target has
     given, and of those that have been scored.
@@ -243,7 +247,7 @@ def evaluate(
     for count, answer in enumerate(answers, start=1):
         scores[answer.category] = scores[answer.category].plus(score_answer(drafter, answer, shape))
         said("scored", count)
-    return dict(sorted(scores.items()))
+    return dict(sorted(scores.items())), step_times(model, drafter, answers[0])
 
 
 def _folder(spec: str, cache_dir: Path) -> Path | None:
