@@ -5,8 +5,8 @@ from __future__ import annotations
 import gc
 
 _FULL_EVERY = 200
-"""Collections of the middle generation between two full ones, at least; Python's default is 10. With
-ten thousand sessions a full one takes half a second, and while they come there were nine of them."""
+"""Collections of the middle generation between two full ones, at least; Python's default is 10.
+With ten thousand sessions a full one takes half a second, and there were nine while they came."""
 
 
 def keep_what_is_loaded() -> None:
