@@ -292,7 +292,8 @@ def result_line(results: Results) -> str:
         "coupling_gap": None if real is None else real.gap,
         "ahead_ready": ahead,
         "claims_off": max(
-            (o for one in results.calibrated if one.learnt and (o := one.worst)), default=None
+            (one.worst for one in results.calibrated if one.learnt and one.worst is not None),
+            default=None,
         ),
     }
     said = (

@@ -66,7 +66,14 @@ from orchestrator.messages import (
     VerifierLost,
 )
 from orchestrator.meters import Meters
-from orchestrator.placement import Attachment, credited, kind_of, primaries, surplus
+from orchestrator.placement import (
+    Attachment,
+    WorkerView,
+    credited,
+    kind_of,
+    primaries,
+    surplus,
+)
 from orchestrator.placing import Placer
 from orchestrator.prediction import Follower
 from orchestrator.prefix_memory import Prefix
@@ -709,15 +716,17 @@ class Driver:
         self, running: Running, verifier: VerifierLink, drafters: dict[int, DrafterLink]
     ) -> None:
         """Go on with another drafter of a kind where the present one is slow or far for it."""
-        session, info = running.session, running.generation.info
+        session, info, links = running.session, running.generation.info, self._fleet.drafters
         for binding, drafter in list(drafters.items()):
             # A spare may be slow: so it is found out when it is slow no longer.
             if running.number in drafter.spares or not self.placer.outpaced(verifier, drafter):
                 continue
-            assert drafter.info is not None, "it was compared with its kind"
+            kind = kind_of(drafter.info) if drafter.info is not None else None
             present = frozenset((*session.bindings.values(), *session.avoided))
-            others = self.placer.drafters(running.prefix, verifier, info, 1, present)
-            if kind_of(drafter.info) not in {view.kind for view in others}:
+            rest = {kind_of(d.info) for d in drafters.values() if d is not drafter and d.info}
+            views = self.placer.drafters(running.prefix, verifier, info, 1, present, rest - {kind})
+            others = [view for view in views if view.kind == kind]
+            if not others or self.placer.outpaced(verifier, links[others[0].address]):
                 continue
             if running.trace is not None:
                 running.trace.decided(
@@ -726,7 +735,7 @@ class Driver:
             del drafters[binding]
             self.meters.migrations["drafter", "outpaced"] += 1
             self._step(running, DrafterUseless(binding))
-            self._step(running, DrafterAvailable())
+            self._bind(running, others[0])
 
     def _sort_out_spares(
         self, running: Running, drafters: dict[int, DrafterLink], now_s: float
@@ -933,10 +942,13 @@ class Driver:
             if view.kind in bound:
                 links[view.address].spares.add(running.number)
             bound.add(view.kind)
-            running.bindings_made += 1
-            if running.trace is not None:
-                expected = round(view.tokens, 2)
-                running.trace.decided(
-                    time.monotonic(), "drafter bound", drafter=view.address, expected=expected
-                )
-            self._step(running, DrafterAttached(running.bindings_made, view.address))
+            self._bind(running, view)
+
+    def _bind(self, running: Running, view: WorkerView) -> None:
+        running.bindings_made += 1
+        if running.trace is not None:
+            expected = round(view.tokens, 2)
+            running.trace.decided(
+                time.monotonic(), "drafter bound", drafter=view.address, expected=expected
+            )
+        self._step(running, DrafterAttached(running.bindings_made, view.address))

@@ -6,7 +6,7 @@ import gc
 
 _FULL_EVERY = 200
 """Collections of the middle generation between two full ones, at least; Python's default is 10.
-With ten thousand sessions a full one takes half a second, and there were nine while they came."""
+A full one looks at every session there is, and while many come one follows the other."""
 
 
 def keep_what_is_loaded() -> None:
